@@ -1,0 +1,89 @@
+"""What the tests share: a tiny random Stable Diffusion with SD1.5's block structure, and real faces from the demo."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A diffusers folder of 1 MB: 64 -> 16 x 16 latents, 16 transformer blocks, random weights, two-layer CLIP."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16, 16, 16), layers_per_block=2, norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=2,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16), norm_num_groups=4, latent_channels=4, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+    characters = [chr(code) for code in range(33, 127)]
+    vocabulary = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)}, merges=[], model_max_length=77
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                       num_attention_heads=2, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1)
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_faces() -> Path:
+    return ROOT / "demo" / "faces"
+
+
+def copy_faces(demo_faces: Path, folder: Path) -> Path:
+    """The first 20 of the demo's faces and their captions: 16 to train on, 4 held out."""
+    folder.mkdir()
+    entries = json.loads((demo_faces / "modified_face_250.json").read_text(encoding="utf-8"))[:20]
+    for entry in entries:
+        shutil.copy(demo_faces / f"{entry['image_name']}.png", folder)
+    (folder / "modified_face_250.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_faces(tmp_path_factory, demo_faces) -> Path:
+    """20 faces that no test may change."""
+    return copy_faces(demo_faces, tmp_path_factory.mktemp("shared") / "faces")
+
+
+@pytest.fixture
+def faces(tmp_path, demo_faces) -> Path:
+    """20 faces that a test may change."""
+    return copy_faces(demo_faces, tmp_path / "faces")
+
+
+@pytest.fixture
+def tiny_config(tmp_path, faces, tiny_base):
+    """A training of 3 epochs of 2 steps on the tiny base, without pictures: a few seconds."""
+    from train_manga_lora import TrainingConfig
+
+    return TrainingConfig(
+        dataset_dir=str(faces), json_file=str(faces / "modified_face_250.json"), output_dir=str(tmp_path / "out"),
+        pretrained_model=str(tiny_base), cache_dir=str(tmp_path / "cache"), resolution=64, num_train_epochs=3,
+        learning_rate=1e-3, lora_rank=4, lora_alpha=8, sample_every_n_epochs=0, sample_prompts=(), num_workers=0,
+    )
