@@ -1,0 +1,25 @@
+# make demo   train the embedded demo, leave pictures in demo_output/
+# make test   lint and all default tests, as continuous integration runs them
+
+PYTHON ?= python3
+VENV_PYTHON = .venv/bin/python
+
+.PHONY: demo test
+
+demo: .venv/installed
+	$(VENV_PYTHON) train_manga_lora.py --demo
+
+test: .venv/installed-tests
+	.venv/bin/ruff check .
+	$(VENV_PYTHON) -m pytest
+
+# torch comes first and pinned: another package's open range would fetch a build of several gigabytes.
+.venv/installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt torch
+	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt -r requirements.txt
+	touch $@
+
+.venv/installed-tests: .venv/installed
+	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt pytest ruff
+	touch $@

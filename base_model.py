@@ -1,0 +1,99 @@
+"""The base model on disk: a diffusers folder, found or downloaded, and its parts loaded one at a time.
+
+diffusers and transformers are imported where they are needed: together they cost seconds.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+FILES = (  # what a download fetches: 4.3 GB for SD1.5, and no second copy of anything
+    "model_index.json",
+    "*/*config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+    "tokenizer/*",
+)
+
+
+class BaseModelError(ValueError):
+    """The base can't be had or used; the message says what to change."""
+
+
+def find_base(pretrained_model: str) -> Path:
+    """The base as a local diffusers folder; a hub id is downloaded once, into the hub's own cache.
+
+    Raises:
+        BaseModelError: neither a folder nor a repository that can be reached, or parts are missing.
+    """
+    folder = Path(pretrained_model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(pretrained_model, allow_patterns=list(FILES)))
+        except Exception as error:  # the hub's client raises a dozen kinds
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BaseModelError(f"pretrained_model={pretrained_model!r} is no local folder and can't be downloaded "
+                                 f"({reason}): name a diffusers folder, or try --demo") from None  # fmt: skip
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise BaseModelError(f"pretrained_model={pretrained_model!r} is no diffusers folder: it lacks {missing[0]}/")
+    return folder
+
+
+def check_resolution(resolution: int, base: Path) -> None:
+    """The picture must survive every halving of the VAE and the UNet: 64 pixels for SD1.5.
+
+    Raises:
+        BaseModelError: it doesn't divide; names the nearest that does.
+    """
+    halvings = 0
+    for part in ("vae", "unet"):
+        config = json.loads((base / part / "config.json").read_text(encoding="utf-8"))
+        halvings += len(config["block_out_channels"]) - 1
+    if resolution % 2**halvings:
+        near = max(1, round(resolution / 2**halvings)) * 2**halvings
+        raise BaseModelError(f"resolution={resolution} must be a multiple of {2**halvings} for this base (try {near})")
+
+
+def load_vae(base: Path, device: torch.device):
+    """The autoencoder in float32: SD1.5's overflows in float16 on some pictures."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(base / "vae", dtype=torch.float32)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def load_text_encoder(base: Path, device: torch.device):
+    """(tokenizer, text encoder in float32)."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder", dtype=torch.float32)
+    return CLIPTokenizer.from_pretrained(base / "tokenizer"), text_encoder.to(device).eval().requires_grad_(False)
+
+
+def find_tokenizer(pretrained_model: str):
+    """The base's tokenizer if it is on this machine, else None: a report on the data must not start a download."""
+    from transformers import CLIPTokenizer
+
+    local = Path(pretrained_model, "tokenizer")
+    try:
+        if local.is_dir():
+            return CLIPTokenizer.from_pretrained(local)
+        return CLIPTokenizer.from_pretrained(pretrained_model, subfolder="tokenizer", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def load_unet(base: Path, device: torch.device, dtype: torch.dtype):
+    """(UNet in `dtype`, the noise schedule it was trained with)."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(base / "unet", dtype=dtype).to(device)
+    return unet, DDPMScheduler.from_pretrained(base / "scheduler")

@@ -1,0 +1,494 @@
+"""The training: one step, whole runs on a tiny random base, interruptions, several processes.
+
+    python -m pytest tests/test_training.py
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import evaluate_lora
+import train_manga_lora as trainer
+from base_model import load_unet
+from dataset import EncodedDataset, MangaFaceDataset
+from lora_layers import inject_lora, lora_modules, lora_parameters
+
+CPU = torch.device("cpu")
+LATENT_SHAPE = (4, 16, 16)
+
+
+def run(config, **changes):
+    return trainer.main(dataclasses.replace(config, **changes))
+
+
+def metrics(config) -> list[dict]:
+    """metrics.csv without the one column that is a stopwatch."""
+    with open(os.path.join(config.output_dir, "metrics.csv"), newline="") as file:
+        return [{name: value for name, value in row.items() if name != "images_per_s"} for row in csv.DictReader(file)]
+
+
+def exported(config, name="pytorch_lora_weights.bin") -> bytes:
+    with open(os.path.join(config.output_dir, name), "rb") as file:
+        return file.read()
+
+
+def signal_at_step(monkeypatch, step: int, number=signal.SIGTERM) -> None:
+    """Send this process a signal while optimizer step `step` (from 1) is under way."""
+    original, calls = trainer.accumulate_gradients, []
+
+    def wrapped(*arguments):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, "accumulate_gradients", wrapped)
+
+
+# One step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def precise(tiny_base, tmp_path_factory, demo_faces):
+    """(UNet in float64 with a LoRA that does something, schedule, data set, encoded data set, config)."""
+    torch.manual_seed(0)
+    unet, scheduler = load_unet(tiny_base, CPU, torch.float32)
+    inject_lora(unet, 4, 8)
+    unet.double()
+    with torch.no_grad():
+        for parameter in lora_parameters(unet):
+            parameter.normal_(std=0.1)
+    config = trainer.TrainingConfig(weighting="loss", resolution=64)
+    dataset = MangaFaceDataset(demo_faces, demo_faces / "modified_face_250.json", 64, "loss", num_workers=0)
+    shape = (len(dataset.samples), *LATENT_SHAPE)
+    encoded = EncodedDataset(
+        torch.randn(shape).double(), torch.rand(shape).double(), torch.randn(len(dataset.texts), 77, 16).double()
+    )
+    return unet, scheduler, dataset, encoded, config
+
+
+def gradient_of_step(precise, rows, batch_size, count=8):
+    unet, scheduler, dataset, encoded, config = precise
+    for parameter in lora_parameters(unet):
+        parameter.grad = None
+    window = trainer.draw_window(dataset, dataset.epoch_order(0)[:count], 0, LATENT_SHAPE, config, 1000)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = trainer.accumulate_gradients(unet, scheduler, encoded, window, rows, batch_size, scaler)
+    return loss, [parameter.grad.clone() for parameter in lora_parameters(unet)], window
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_any_micro_batch_gives_the_same_step(precise, batch_size):
+    whole_loss, whole, _ = gradient_of_step(precise, torch.arange(8), 8)
+    loss, parts, _ = gradient_of_step(precise, torch.arange(8), batch_size)
+    assert abs(loss - whole_loss) < 1e-10
+    assert max((a - b).abs().max() for a, b in zip(whole, parts, strict=True)) < 1e-10
+    assert max(a.abs().max() for a in whole) > 1e-3
+
+
+def test_a_partial_window_is_divided_by_what_is_in_it(precise):
+    """Against the formula: sum of weight x per-image loss over 5 images, divided by 5."""
+    loss, _, window = gradient_of_step(precise, torch.arange(5), 2, count=5)
+    unet, scheduler, dataset, encoded, _ = precise
+    latents = encoded.latent_mean[window.faces] + encoded.latent_std[window.faces] * window.posterior_noise
+    alphas = scheduler.alphas_cumprod.double()[window.timesteps].view(-1, 1, 1, 1)
+    noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * window.noise
+    prediction = unet(noisy, window.timesteps, encoded.text_embeddings[window.texts]).sample
+    weights = torch.from_numpy(dataset.weights)[[dataset.train.index(face) for face in window.faces.tolist()]]
+    expected = (weights * ((prediction - window.noise) ** 2).mean(dim=(1, 2, 3))).sum() / 5
+    assert abs(loss - expected) < 1e-6  # the schedule's own arithmetic is float32
+    assert weights.std() > 0.05
+
+
+def half_of_the_step(rank, folder, base, faces):
+    """One of two processes: its half of the window, then the sum over both."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    state = torch.load(f"{folder}/precise.pt", weights_only=False)
+    unet, scheduler = load_unet(base, CPU, torch.float32)
+    inject_lora(unet, 4, 8)
+    unet.double().load_state_dict(state["unet"])
+    dataset = MangaFaceDataset(faces, faces / "modified_face_250.json", 64, "loss", num_workers=0)
+    precise = (unet, scheduler, dataset, EncodedDataset(*state["encoded"]), trainer.TrainingConfig(weighting="loss"))
+    rows = torch.arange(rank, 5, 2)  # 5 images: the processes' shares differ
+    loss, _, window = gradient_of_step(precise, rows, 2, count=5)
+    loss = trainer.sum_over_processes(lora_parameters(unet), loss)[0]
+    gradients = [parameter.grad for parameter in lora_parameters(unet)]
+    torch.save({"images": window.faces[rows], "loss": loss, "gradients": gradients}, f"{folder}/result{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_same_step_as_one(precise, tmp_path, tiny_base, demo_faces):
+    whole_loss, whole, window = gradient_of_step(precise, torch.arange(5), 5, count=5)
+    unet, _, _, encoded, _ = precise
+    tensors = (encoded.latent_mean, encoded.latent_std, encoded.text_embeddings)
+    torch.save({"unet": unet.state_dict(), "encoded": tensors}, tmp_path / "precise.pt")
+    torch.multiprocessing.spawn(half_of_the_step, (str(tmp_path), tiny_base, demo_faces), nprocs=2)
+    results = [torch.load(tmp_path / f"result{rank}.pt") for rank in (0, 1)]
+    images = [set(result["images"].tolist()) for result in results]
+    assert not images[0] & images[1] and images[0] | images[1] == set(window.faces.tolist())
+    for result in results:
+        assert abs(result["loss"] - whole_loss) < 1e-10
+        assert max((a - b).abs().max() for a, b in zip(whole, result["gradients"], strict=True)) < 1e-10
+
+
+def test_what_a_step_draws_depends_on_seed_and_step_alone(precise):
+    _, _, dataset, _, config = precise
+    draw = lambda step, seed=0: trainer.draw_window(  # noqa: E731
+        dataset, range(8), step, LATENT_SHAPE, dataclasses.replace(config, seed=seed), 1000
+    )
+    first = draw(5)
+    draw(6), torch.randn(7)  # neither other steps nor the global generator matter
+    again = draw(5)
+    assert all(torch.equal(getattr(first, f.name), getattr(again, f.name)) for f in dataclasses.fields(first))
+    assert not torch.equal(first.noise, draw(6).noise) and not torch.equal(first.noise, draw(5, seed=1).noise)
+    assert not torch.equal(first.noise, first.posterior_noise)
+
+
+def test_timesteps_are_stratified_and_captions_come_from_the_face(precise):
+    _, _, dataset, _, config = precise
+    joined = dropped = 0
+    for step in range(200):
+        window = trainer.draw_window(dataset, range(8), step, LATENT_SHAPE, config, 1000)
+        assert sorted((window.timesteps // 125).tolist()) == list(range(8))
+        for face, text in zip(window.faces.tolist(), window.texts.tolist(), strict=True):
+            assert text == 0 or text in dataset.text_indices[face]
+            dropped += text == 0
+            joined += text == dataset.text_indices[face][-1]
+    assert abs(dropped / 1600 - 0.1) < 0.03
+    variants = sum(1 / len(dataset.text_indices[face]) for face in window.faces.tolist()) / 8
+    assert abs(joined / 1600 - 0.9 * variants) < 0.04
+    off = dataclasses.replace(config, caption_dropout=0.0)
+    assert (trainer.draw_window(dataset, range(50), 0, LATENT_SHAPE, off, 1000).texts > 0).all()
+
+
+def test_clipping_bounds_the_norm_of_the_gradient():
+    parameters = [torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(5, 5))]
+    optimizer, scaler = torch.optim.SGD(parameters, lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
+    for limit, expected in ((1.0, 1.0), (0.25, 0.25), (0.0, 70.0), (1000.0, 70.0)):
+        before = [parameter.detach().clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 70.0 / math.sqrt(35))
+        assert trainer.clip_and_step(optimizer, scaler, parameters, limit)
+        moved = torch.cat([(p - b).flatten() for p, b in zip(parameters, before, strict=True)]).norm().item()
+        assert moved == pytest.approx(expected, rel=1e-4), limit
+
+
+def test_the_fp16_scaler_skips_an_injected_inf_and_halves_its_scale():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([parameter], lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(parameter.sum()).backward()
+    parameter.grad[1] = math.inf
+    assert not trainer.clip_and_step(optimizer, scaler, [parameter], 1.0)
+    assert torch.equal(parameter, torch.ones(3)) and scaler.get_scale() == 512.0 and not optimizer.state
+    optimizer.zero_grad()
+    scaler.scale(parameter.sum()).backward()
+    assert trainer.clip_and_step(optimizer, scaler, [parameter], 1.0)
+    assert (parameter < 1).all()
+
+
+def test_warmup_then_cosine_equals_the_library_schedule():
+    from diffusers.optimization import get_cosine_schedule_with_warmup
+
+    config, total = trainer.TrainingConfig(learning_rate=5e-5, lr_warmup_ratio=0.05), 840
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-5)
+    reference = get_cosine_schedule_with_warmup(optimizer, 42, total)
+    for step in range(total):
+        expected = reference.get_last_lr()[0] + (5e-5 / 42 if step < 42 else 0)  # theirs wastes step 0 on a rate of 0
+        assert trainer.learning_rate_at(step, total, config) == pytest.approx(expected, abs=1e-12)
+        optimizer.step()
+        reference.step()
+    off = dataclasses.replace(config, lr_warmup_ratio=0.0)
+    assert trainer.learning_rate_at(0, total, off) == 5e-5
+
+
+def test_weight_decay_is_the_original_log_line_and_acts_exactly():
+    config = trainer.TrainingConfig()
+    assert f"Epoch 15: Using weight decay {trainer.weight_decay_at(14, config):.1e}" == (
+        "Epoch 15: Using weight decay 5.2e-05"
+    )
+    assert trainer.weight_decay_at(0, config) == 1e-5
+    start = torch.linspace(0.5, 2.0, 1001)
+    by_torch, ours = torch.nn.Parameter(start.clone()), start.clone()
+    optimizer = torch.optim.AdamW([by_torch], lr=5e-5, weight_decay=1e-4)
+    log_decay = 0.0
+    for _ in range(1000):
+        by_torch.grad = torch.zeros_like(by_torch)
+        optimizer.step()
+        log_decay += math.log1p(-5e-5 * 1e-4)
+    trainer.apply_decay([ours], log_decay)
+    assert torch.equal(by_torch, start)  # float32 rounds 1 - 5e-9 to 1: torch's own decay does nothing
+    expected = start.double() * (1 - 5e-9) ** 1000
+    assert (ours.double() / expected - 1).abs().max() < 1e-7 and (ours < start).all()
+
+
+# Whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_base, shared_faces):
+    """(config, summary, UNet) of one whole run, pictures included; for tests that only look."""
+    config = trainer.TrainingConfig(
+        dataset_dir=str(shared_faces), json_file=str(shared_faces / "modified_face_250.json"), resolution=64,
+        output_dir=str(tmp_path_factory.mktemp("out")), cache_dir=str(tmp_path_factory.mktemp("cache")),
+        pretrained_model=str(tiny_base), num_train_epochs=1, train_batch_size=3, gradient_accumulation_steps=2,
+        lora_rank=4, lora_alpha=8, sample_prompts=("a manga face", "another"), sample_steps=2, sample_every_n_epochs=1,
+    )
+    unets, original = [], trainer.load_unet
+
+    def spy(*arguments):
+        unets.append(original(*arguments))
+        return unets[-1]
+
+    trainer.load_unet = spy
+    try:
+        summary = trainer.main(config)
+    finally:
+        trainer.load_unet = original
+    return config, summary, unets[0][0]
+
+
+def test_a_run_leaves_exactly_the_promised_files(finished):
+    config, _, _ = finished
+    found = {os.path.relpath(os.path.join(folder, name), config.output_dir).replace(os.sep, "/")
+             for folder, _, names in os.walk(config.output_dir) for name in names}
+    assert found == {
+        "config.json", "metrics.csv", "summary.json", "before_after.png", "pytorch_lora_weights.bin",
+        "pytorch_lora_weights.safetensors", "last/pytorch_lora_weights.bin", "last/pytorch_lora_weights.safetensors",
+        "samples/epoch-000.png", "samples/epoch-001.png", "checkpoints/step-000003/state.safetensors",
+        "checkpoints/step-000003/state.json", "checkpoints/step-000003/manifest.json",
+    }
+
+
+def test_the_summary_has_every_promised_field_and_they_agree(finished):
+    config, summary, _ = finished
+    with open(os.path.join(config.output_dir, "summary.json")) as file:
+        assert json.load(file) == summary
+    for name in ("lora_bin", "lora_safetensors", "epochs_run", "best_epoch", "stopped_epoch", "optimizer_steps",
+                 "images_seen", "val_loss_start", "val_loss_best", "val_ratio", "colourfulness_base",
+                 "colourfulness_lora", "images_per_s", "peak_memory_mib", "seconds", "first_step_s",
+                 "resumed_from_step"):
+        assert name in summary, name
+    assert (summary["epochs_run"], summary["optimizer_steps"], summary["images_seen"]) == (1, 3, 16)
+    assert summary["val_ratio"] == summary["val_loss_best"] / summary["val_loss_start"]
+    rows = metrics(config)
+    assert [row["step"] for row in rows] == [str(step) for step in (1, 2, 3)]
+    assert [row["val_loss"] for row in rows] == [""] * 2 + [str(summary["val_loss_best"])]
+    assert all(float(row["loss"]) == pytest.approx(float(row["w_loss"]) + float(row["penalty"])) for row in rows)
+    assert float(rows[0]["penalty"]) == pytest.approx(128 * 4 / 3 * 1e-5, rel=0.03)  # modules x rank / 3 x factor
+
+
+def test_the_base_is_the_same_on_disk_and_in_memory_after_training_and_sampling(finished, tiny_base):
+    _, _, unet = finished
+    fresh, _ = load_unet(tiny_base, CPU, torch.float32)
+    trained = unet.state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in fresh.state_dict().items())
+    assert all(layer.up_weight.any() for layer in lora_modules(unet).values())
+
+
+def test_evaluating_the_folder_draws_the_same_pictures_again(finished, capsys):
+    config, summary, _ = finished
+    with open(os.path.join(config.output_dir, "before_after.png"), "rb") as file:
+        before = file.read()
+    assert evaluate_lora.main(["--lora", config.output_dir]) == 0
+    colours = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("colourfulness")).split()
+    assert colours[1:3] == [f"{summary['colourfulness_base']:.3f}", f"{summary['colourfulness_lora']:.3f}"]
+    with open(os.path.join(config.output_dir, "before_after.png"), "rb") as file:
+        assert file.read() == before
+    assert evaluate_lora.main(["--lora", config.cache_dir]) == 2
+
+
+def test_samples_before_step_1_are_the_base_s_own(finished, tiny_base, monkeypatch):
+    """Drawn with the LoRA injected and live, against the base's pipeline with the prompts as text."""
+    from diffusers import StableDiffusionPipeline
+
+    config, _, _ = finished
+    drawn, original = [], evaluate_lora.draw_pictures
+    monkeypatch.setattr(evaluate_lora, "draw_pictures", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "validate", lambda *_: pytest.fail("far enough"))
+        with pytest.raises(pytest.fail.Exception):
+            run(config, overwrite=True, output_dir=config.output_dir + "-again")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    prompts = [{"prompt": prompt} for prompt in config.sample_prompts]
+    expected = original(pipe, prompts, 64, 2, config.guidance_scale, [config.seed])
+    assert np.abs(drawn[0].astype(int) - expected).max() <= 1
+
+
+def test_nothing_is_encoded_twice(tiny_config, monkeypatch):
+    run(tiny_config, num_train_epochs=1)
+    for loader in ("load_vae", "load_text_encoder"):
+        monkeypatch.setattr(trainer, loader, lambda *_: pytest.fail("loaded again"))
+    run(tiny_config, num_train_epochs=1, overwrite=True)
+    with pytest.raises(pytest.fail.Exception):
+        run(tiny_config, num_train_epochs=1, overwrite=True, resolution=32)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_samples_change_nothing(tiny_config):
+    run(tiny_config)
+    first = exported(tiny_config)
+    run(tiny_config, overwrite=True, sample_prompts=("a face",), sample_every_n_epochs=1, sample_steps=1,
+        samples_per_prompt=1, save_every_n_epochs=0)
+    assert exported(tiny_config) == first
+    run(tiny_config, overwrite=True, seed=1)
+    assert exported(tiny_config) != first
+
+
+def test_gradient_checkpointing_changes_no_weight(tiny_config):
+    run(tiny_config, num_train_epochs=1, gradient_checkpointing="off")
+    first = exported(tiny_config)
+    run(tiny_config, num_train_epochs=1, gradient_checkpointing="on", overwrite=True)
+    assert exported(tiny_config) == first
+
+
+# Interrupted, resumed, changed -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uninterrupted(tiny_config):
+    """The result every interrupted run has to reproduce: (rows of metrics.csv, bytes of both .bin)."""
+    config = dataclasses.replace(tiny_config, output_dir=tiny_config.output_dir + "-uninterrupted", train_batch_size=1)
+    run(config)
+    return metrics(config), exported(config), exported(config, "last/pytorch_lora_weights.bin")
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 11])  # of 4 per epoch: first, mid-epoch, an epoch's last, the last but one
+def test_a_resumed_run_equals_an_uninterrupted_run(tiny_config, uninterrupted, monkeypatch, step):
+    config = dataclasses.replace(tiny_config, train_batch_size=1)
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, step)
+        with pytest.raises(trainer.Stop) as stop:
+            run(config)
+    assert stop.value.exit_code == 143 and f"saved after step {step} of 12" in str(stop.value)
+    summary = run(config)
+    assert summary["resumed_from_step"] == step and summary["optimizer_steps"] == 12
+    assert (metrics(config), exported(config), exported(config, "last/pytorch_lora_weights.bin")) == uninterrupted
+
+
+def test_a_resume_that_forgot_its_position_would_be_noticed(tiny_config, uninterrupted, monkeypatch):
+    """Negative control of the test above: same weights and optimizer, but the draws start over."""
+    config = dataclasses.replace(tiny_config, train_batch_size=1)
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 3, signal.SIGINT)
+        with pytest.raises(trainer.Stop) as stop:
+            run(config)
+    assert stop.value.exit_code == 130
+    original = trainer.draw_window
+    monkeypatch.setattr(trainer, "draw_window", lambda d, p, step, *rest: original(d, p, step - 3, *rest))
+    run(config)
+    assert exported(config) != uninterrupted[1]
+
+
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tiny_config, uninterrupted, monkeypatch, capsys):
+    config = dataclasses.replace(tiny_config, train_batch_size=1)
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 10)
+        with pytest.raises(trainer.Stop):
+            run(config)
+    newest = os.path.join(config.output_dir, "checkpoints", "step-000010")
+    with open(os.path.join(newest, "state.safetensors"), "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    summary = run(config)
+    assert "step-000010 is damaged" in capsys.readouterr().out and os.path.isdir(newest + ".corrupt")
+    assert summary["resumed_from_step"] == 8 and exported(config) == uninterrupted[1]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_silently(tmp_path):
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, step, {"a": torch.zeros(3)}, {"step": step}, keep=2)
+        (tmp_path / f"step-{step:06d}" / "state.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match="--overwrite"):
+        checkpoint.load_newest_checkpoint(tmp_path)
+
+
+def test_a_finished_run_says_so_and_more_epochs_go_on(tiny_config, capsys):
+    first = run(tiny_config, num_train_epochs=1)
+    capsys.readouterr()
+    assert run(tiny_config, num_train_epochs=1) == first
+    assert "finished" in capsys.readouterr().out
+    summary = run(tiny_config, num_train_epochs=2)
+    assert "cosine" in capsys.readouterr().out
+    assert (summary["resumed_from_step"], summary["optimizer_steps"], summary["epochs_run"]) == (2, 4, 2)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("learning_rate", 2e-3), ("lora_rank", 2), ("seed", 3), ("weighting", "off"), ("train_batch_size", 1),
+    ("caption_dropout", 0.0), ("resolution", 32),
+])  # fmt: skip
+def test_a_run_with_other_constants_is_refused_naming_them(tiny_config, name, value):
+    run(tiny_config, num_train_epochs=1)
+    before = exported(tiny_config)
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} was .* is {value!r}"):
+        run(tiny_config, num_train_epochs=2, **{name: value})
+    assert exported(tiny_config) == before
+
+
+def test_early_stopping_exports_the_best_epoch_and_keeps_the_last_beside_it(tiny_config, monkeypatch):
+    losses = iter([1.0, 0.9, 0.7, 0.8, 0.75, 0.6, 0.6])  # before training, then epochs 1, 2, ...
+    monkeypatch.setattr(trainer, "validate", lambda *_: next(losses))
+    summary = run(tiny_config, num_train_epochs=6, early_stopping_patience=2)
+    assert (summary["best_epoch"], summary["epochs_run"], summary["stopped_epoch"]) == (2, 4, 4)
+    assert (summary["val_loss_best"], summary["val_ratio"]) == (0.7, 0.7)
+    assert exported(tiny_config) != exported(tiny_config, "last/pytorch_lora_weights.bin")
+    best = exported(tiny_config)
+    losses = iter([1.0, 0.9, 0.7, 0.8, 0.9, 0.9, 0.9])
+    summary = run(tiny_config, num_train_epochs=6, early_stopping_patience=0, overwrite=True)
+    assert (summary["best_epoch"], summary["epochs_run"]) == (2, 6) and exported(tiny_config) == best
+
+
+def test_a_loss_that_is_not_finite_stops_with_exit_code_4_and_exports_nothing(tiny_config, monkeypatch):
+    original, calls = trainer.denoising_losses, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return original(*arguments) * (math.nan if len(calls) > 20 and torch.is_grad_enabled() else 1.0)
+
+    monkeypatch.setattr(trainer, "denoising_losses", poisoned)
+    with pytest.raises(trainer.Stop, match="images image") as stop:
+        run(tiny_config)
+    assert stop.value.exit_code == 4
+    assert not os.path.exists(os.path.join(tiny_config.output_dir, "pytorch_lora_weights.bin"))
+
+
+def test_a_module_without_gradient_stops_the_run(tiny_config, monkeypatch):
+    def cut_one(unet, *rest):
+        processors = inject_lora(unet, *rest)
+        layer = next(iter(processors.values())).to_v_lora
+        layer.forward = lambda x: torch.zeros(*x.shape[:-1], layer.up_weight.shape[0])
+        return processors
+
+    monkeypatch.setattr(trainer, "inject_lora", cut_one)
+    with pytest.raises(trainer.Stop, match="1 LoRA modules get no gradient") as stop:
+        run(tiny_config)
+    assert stop.value.exit_code == 4
+
+
+def test_every_ingredient_can_be_switched_off(tiny_config, capsys):
+    run(tiny_config, num_train_epochs=1, weighting="off", penalty_factor=0.0, min_weight_decay=0.0,
+        max_weight_decay=0.0, lr_warmup_ratio=0.0, max_grad_norm=0.0, validation_share=0.0, early_stopping_patience=0,
+        caption_dropout=0.0, gradient_checkpointing="off", save_every_n_epochs=0, num_workers=0)
+    output = capsys.readouterr().out
+    rows = metrics(tiny_config)
+    assert all(row["loss"] == row["w_loss"] and float(row["penalty"]) == 0 for row in rows)
+    assert all(row["val_loss"] == "" and float(row["weight_decay"]) == 0 for row in rows)
+    assert float(rows[0]["lr"]) == tiny_config.learning_rate
+    assert "no early stopping" in output and "Weights: off" in output
+    assert "x 1.00000000" in output  # the whole run's weight decay
+
+
+def test_a_dry_run_writes_nothing(tiny_config, capsys):
+    assert run(tiny_config, dry_run=True) == {}
+    output = capsys.readouterr().out
+    assert "2 x 4 x 1 = 8" in output and "2 per epoch x 3 epochs = 6" in output and "Weight range" in output
+    assert not os.path.exists(tiny_config.output_dir) and not os.path.exists(tiny_config.cache_dir)

@@ -1,0 +1,723 @@
+"""Teach Stable Diffusion 1.5 your manga faces: a LoRA from a folder of pictures and a JSON of captions.
+
+    python train_manga_lora.py                  your faces: edit the first three constants below
+    python train_manga_lora.py --demo           the embedded faces and model: minutes, on a CPU, offline
+    accelerate launch train_manga_lora.py       several GPUs; every optimizer step is the same as on one
+
+Every constant is a flag too (--num_train_epochs 20). The same command again continues an interrupted run.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import gc
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PROCESS_START = time.time()
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # both libraries greet with advice on other use cases
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+HERE = Path(__file__).resolve().parent
+
+# Constants: edit them here, or override them as --name value -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    dataset_dir: str = "faces_dataset"  # folder of faces (.jpg .jpeg .png .webp .bmp)
+    json_file: str = "faces_dataset/modified_face_250.json"  # captions: [{"image_name": ..., "captions": [...]}, ...]
+    output_dir: str = "lora_output"  # everything the run makes
+
+    pretrained_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or local diffusers folder
+    resolution: int = 512  # pixels a side; a multiple of 64 for SD1.5
+    train_batch_size: int = 2  # images per forward pass and process; halve it when memory runs out
+    gradient_accumulation_steps: int = 4  # forward passes per optimizer step; 2 x 4 = effective batch of 8
+    num_train_epochs: int = 30  # passes over the training faces
+    learning_rate: float = 5e-5  # peak of the cosine
+    lr_warmup_ratio: float = 0.05  # share of the steps spent warming up; 0 = off
+    lora_rank: int = 16  # r: width of the low-rank update
+    lora_alpha: int = 32  # network alpha: the update is scaled by alpha / rank
+    mixed_precision: str = "fp16"  # "fp16", "bf16" or "no"; LoRA weights are float32 under each
+    gradient_checkpointing: str = "auto"  # "on", "off", or "auto": only if free memory asks for it (costs a third)
+    use_xformers: bool = False  # attention by xformers, if it is installed; else PyTorch's own fused kernel
+
+    weighting: str = "sampling"  # rare captions: "sampling" draws them more often, "loss" weighs them more; "off"
+    weight_min: float = 0.5  # clip of the TF-IDF weights, whose mean is 1
+    weight_max: float = 2.0  # likewise
+    caption_dropout: float = 0.1  # share of draws with the caption "", which guidance needs; 0 = off
+    penalty_factor: float = 1e-5  # times the sum of squared LoRA weights, added to the loss; 0 = off
+    min_weight_decay: float = 1e-5  # of the first epoch; 0 and 0 = off
+    max_weight_decay: float = 1e-4  # approached by the last epoch
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 = off
+
+    validation_share: float = 0.1  # faces held out, at least 4; 0 = none, so no early stopping
+    early_stopping_patience: int = 5  # epochs without a better validation loss before stopping; 0 = off
+    sample_prompts: tuple[str, ...] = (  # pictures while training and before / after; none = off
+        "A detailed manga face portrait of a young warrior, sharp eyes, determined expression",
+        "Cute manga girl with large eyes, soft smile, delicate features, clean lineart",
+        "Serious manga character, intense gaze, dramatic shadows, black and white style",
+        "Manga face with spiky hair, confident expression, bold lineart, high contrast",
+    )
+    samples_per_prompt: int = 2  # seeds per prompt
+    sample_every_n_epochs: int = 5  # pictures before step 1 and every n epochs; 0 = off
+    sample_steps: int = 25  # denoising steps per picture (DPM-Solver++)
+    guidance_scale: float = 7.5  # of the pictures; 1 = none
+    save_every_n_epochs: int = 1  # checkpoints; 0 = only at the end and when interrupted
+    keep_checkpoints: int = 2  # older ones are deleted
+
+    seed: int = 0  # of everything random
+    num_workers: int = 2  # threads that read images; 0 = none
+    cache_dir: str = ".cache"  # latents and text embeddings, by content; safe to delete
+
+    demo: bool = False  # the embedded faces and model instead of yours
+    dry_run: bool = False  # report on the data set and the plan, write nothing
+    overwrite: bool = False  # delete the run in output_dir and start anew
+
+
+DEMO = {  # what --demo changes; other flags apply on top
+    "dataset_dir": str(HERE / "demo" / "faces"),
+    "json_file": str(HERE / "demo" / "faces" / "modified_face_250.json"),
+    "output_dir": "demo_output",
+    "pretrained_model": str(HERE / "demo" / "base"),
+    "resolution": 64,
+    "learning_rate": 5e-4,  # the tiny base needs ten times SD1.5's rate
+    "train_batch_size": 8,  # the same step as 2 x 4, in fewer passes
+    "gradient_accumulation_steps": 1,
+    "sample_prompts": (
+        "A detailed manga face portrait of a young woman with long wavy hair, gentle smile",
+        "Manga face with short spiky hair, confident expression",
+    ),
+}
+MAY_CHANGE_ON_RESUME = {
+    "num_train_epochs", "early_stopping_patience", "sample_prompts", "samples_per_prompt", "sample_every_n_epochs",
+    "sample_steps", "guidance_scale", "save_every_n_epochs", "keep_checkpoints", "num_workers", "cache_dir",
+    "dry_run", "overwrite",
+}
+MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # the former was deleted
+VALIDATION_STRATA = 8  # timesteps per held-out face
+ACTIVATION_GIB = 0.8  # one image in the UNet's backward pass without checkpointing, 512 px, 2 bytes a number
+MAX_BAD_STEPS = 20  # this many non-finite steps in a row are a divergence, not a loss scale that is still settling
+
+
+class Stop(Exception):
+    """Ends the program with an exit code and one line. 2 input, 3 environment, 4 diverged, 130/143 interrupted."""
+
+    def __init__(self, exit_code: int, message: str):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def parse_arguments(arguments: list[str]) -> TrainingConfig:
+    """Flags over DEMO (if asked for) over the constants above. Raises Stop(2) naming a bad flag."""
+    fields = dataclasses.fields(TrainingConfig)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE))
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            unknown = re.search(r"unrecognized arguments: --(\w+)", message)
+            near = difflib.get_close_matches(unknown[1], [field.name for field in fields], 1) if unknown else []
+            raise Stop(2, message + (f" (did you mean --{near[0]}?)" if near else "; --help lists all flags"))
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in fields:
+        kind = {"help": f"{comments[field.name]} [{field.default}]".replace("%", "%%"), "default": argparse.SUPPRESS}
+        if field.type is bool:
+            kind["action"] = argparse.BooleanOptionalAction
+        elif isinstance(field.default, tuple):
+            kind |= {"nargs": "*", "metavar": "PROMPT"}
+        else:
+            kind |= {"type": field.type, "metavar": field.type.__name__.upper()}
+        parser.add_argument(f"--{field.name}", **kind)
+    given = vars(parser.parse_args(arguments))
+    if "sample_prompts" in given:
+        given["sample_prompts"] = tuple(given["sample_prompts"])
+    if "dataset_dir" in given and "json_file" not in given:  # the caption file is looked for in the folder
+        given["json_file"] = str(Path(given["dataset_dir"]) / Path(TrainingConfig.json_file).name)
+    return dataclasses.replace(TrainingConfig(), **((DEMO if given.get("demo") else {}) | given))
+
+
+def check_config(config: TrainingConfig) -> None:
+    """All that can be known before torch is imported. Raises Stop(2) naming the constant, its value and the rule."""
+
+    def check(name: str, good: bool, rule: str) -> None:
+        if not good:
+            raise Stop(2, f"{name}={getattr(config, name)!r} must be {rule}")
+
+    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "samples_per_prompt",
+                 "lora_rank", "lora_alpha", "sample_steps", "keep_checkpoints"):
+        check(name, getattr(config, name) >= 1, "at least 1")
+    for name in ("early_stopping_patience", "sample_every_n_epochs", "save_every_n_epochs", "seed", "num_workers"):
+        check(name, getattr(config, name) >= 0, "0 or more")
+    for name in ("penalty_factor", "min_weight_decay", "max_weight_decay", "max_grad_norm"):
+        check(name, 0 <= getattr(config, name) < math.inf, "0 (off) or more, and finite")
+    check("max_weight_decay", config.max_weight_decay >= config.min_weight_decay, "at least min_weight_decay")
+    check("resolution", config.resolution >= 8 and config.resolution % 8 == 0, "a multiple of 64 (try 512)")
+    check("learning_rate", 0 < config.learning_rate <= 1, "above 0 and at most 1 (try 5e-5)")
+    check("lr_warmup_ratio", 0 <= config.lr_warmup_ratio < 1, "in [0, 1)")
+    check("caption_dropout", 0 <= config.caption_dropout <= 1, "in [0, 1]")
+    check("validation_share", 0 <= config.validation_share <= 0.5, "in [0, 0.5]")
+    check("guidance_scale", 1 <= config.guidance_scale < 100, "in [1, 100)")
+    check("weight_min", 0 < config.weight_min <= 1, "in (0, 1], as the weights' mean is 1")
+    check("weight_max", 1 <= config.weight_max < math.inf, "at least 1, as the weights' mean is 1")
+    check("weighting", config.weighting in ("sampling", "loss", "off"), '"sampling", "loss" or "off"')
+    check("mixed_precision", config.mixed_precision in ("fp16", "bf16", "no"), '"fp16", "bf16" or "no"')
+    check("gradient_checkpointing", config.gradient_checkpointing in ("auto", "on", "off"), '"auto", "on" or "off"')
+    if not Path(config.dataset_dir).is_dir():
+        raise Stop(2, f"dataset_dir={config.dataset_dir!r} is not a folder: put your faces there, set dataset_dir at "
+                      "the top of train_manga_lora.py, or see it work first: python train_manga_lora.py --demo")
+    if not Path(config.json_file).is_file():
+        raise Stop(2, f"json_file={config.json_file!r} is not a file: set json_file to your captions")
+
+
+def end(stop: Stop) -> None:
+    print(f"train_manga_lora.py: {stop}", file=sys.stderr, flush=True)
+    sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":  # bad input is told now, not after the seconds that importing torch takes
+    try:
+        CONFIG = parse_arguments(sys.argv[1:])
+        check_config(CONFIG)
+    except Stop as stop:
+        end(stop)
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+import evaluate_lora
+from base_model import (
+    BaseModelError, check_resolution, find_base, find_tokenizer, load_text_encoder, load_unet, load_vae,
+)
+from checkpoint import (
+    CheckpointError, check_output_folder, gather, load_newest_checkpoint, restore, save_checkpoint, start_folder,
+    write_metrics, write_whole,
+)
+from dataset import EncodedDataset, InputError, MangaFaceDataset, encode_faces, encode_texts, folder_identity
+from lora_layers import (
+    GradientPenalty, LoRASelfCheckError, inject_lora, lora_modules, lora_parameters, save_lora_weights,
+)
+
+# One optimizer step ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """All that is random about one optimizer step, for the whole effective batch of n images."""
+
+    faces: torch.Tensor  # (n,) indices into dataset.samples
+    texts: torch.Tensor  # (n,) indices into dataset.texts; 0 is ""
+    timesteps: torch.Tensor  # (n,)
+    noise: torch.Tensor  # (n, C, h, w)
+    posterior_noise: torch.Tensor  # (n, C, h, w): which latent of the VAE's posterior
+    loss_weights: torch.Tensor  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator that depends on these numbers alone, so a step can be repeated without repeating those before it."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+def draw_window(dataset, positions, step: int, latent_shape, config: TrainingConfig, num_timesteps: int) -> Window:
+    """Draw captions, timesteps and noise of step `step` for the training faces at `positions`, from (seed, step)."""
+    count, generator = len(positions), seeded(config.seed, 3, step)
+    faces = torch.tensor([dataset.train[position] for position in positions])
+    choice = torch.rand(count, generator=generator)
+    variants = [dataset.text_indices[face] for face in faces.tolist()]
+    texts = torch.tensor([texts[int(u * len(texts))] for u, texts in zip(choice.tolist(), variants, strict=True)])
+    texts[torch.rand(count, generator=generator) < config.caption_dropout] = 0
+    # Stratified timesteps: one from each n-th of the noise schedule, so a step's loss says more and varies less.
+    strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    timesteps = (strata / count * num_timesteps).long().clamp(max=num_timesteps - 1)
+    noise = torch.randn(count, *latent_shape, generator=generator)
+    posterior_noise = torch.randn(count, *latent_shape, generator=generator)
+    loss_weights = torch.from_numpy(dataset.loss_weights()[list(positions)]).float()
+    return Window(faces, texts, timesteps, noise, posterior_noise, loss_weights)
+
+
+def denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise) -> torch.Tensor:
+    """Mean squared error of the predicted noise, one value per image: |e - e_theta(x_t, t, c)|^2. Shape: (b,) float32.
+
+    DDPM (Ho et al. 2020), equation 14. A base that predicts v (Salimans & Ho 2022) gets that target.
+    """
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    is_v = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
+    prediction = unet(noisy_latents.to(unet.dtype), timesteps, text_embeddings.to(unet.dtype), return_dict=False)[0]
+    precise = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+    return (prediction.to(precise) - target.to(precise)).square().mean(dim=(1, 2, 3))
+
+
+def accumulate_gradients(unet, scheduler, encoded, window, rows, batch_size: int, scaler) -> torch.Tensor:
+    """Add to .grad the gradient of this process's part of the window's loss; returns that part of the loss.
+
+    The window's loss is the sum over its images of weight x denoising loss, over the number of images really in it:
+    an epoch's last, partial window counts each image as much as the others do, and neither the micro-batch nor the
+    number of processes changes the step.
+    """
+    device, total = encoded.latent_mean.device, torch.zeros((), device=encoded.latent_mean.device)
+    for part in rows.split(batch_size):
+        faces, noise = window.faces[part].to(device), window.noise[part].to(device)
+        latents = encoded.latent_mean[faces] + encoded.latent_std[faces] * window.posterior_noise[part].to(device)
+        text_embeddings = encoded.text_embeddings[window.texts[part].to(device)]
+        timesteps = window.timesteps[part].to(device)
+        losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
+        loss = (losses * window.loss_weights[part].to(device)).sum() / len(window)
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    return total
+
+
+def sum_over_processes(parameters, *values) -> list[float]:
+    """All-reduce gradients and `values` in one message (nothing to do for a single process); returns the sums."""
+    device = parameters[0].device
+    extra = torch.stack([torch.as_tensor(value, dtype=parameters[0].dtype, device=device) for value in values])
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        for parameter in parameters:  # a process without images of this window adds zeros
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters] + [extra])
+        torch.distributed.all_reduce(flat)
+        *gradients, extra = flat.split([parameter.numel() for parameter in parameters] + [len(extra)])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad.copy_(gradient.view_as(parameter))
+    return extra.tolist()
+
+
+def learning_rate_at(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """Linear warmup over the first lr_warmup_ratio of the steps, then half a cosine to 0. Steps count from 0."""
+    warmup = round(config.lr_warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def weight_decay_at(epoch: int, config: TrainingConfig) -> float:
+    """From min_weight_decay, towards max_weight_decay as the epochs (from 0) go by."""
+    share = epoch / config.num_train_epochs
+    return config.min_weight_decay + (config.max_weight_decay - config.min_weight_decay) * share
+
+
+@torch.no_grad()
+def apply_decay(parameters, log_decay: float) -> None:
+    """Multiply by exp(log_decay), in float64: one step's 1 - 5e-9 is 1 in float32, a whole epoch's product is not."""
+    for parameter in parameters:
+        parameter.copy_((parameter.cpu().double() * math.exp(log_decay)).to(parameter.dtype))
+
+
+@torch.no_grad()
+def validate(unet, scheduler, dataset, encoded, config, accelerator) -> float:
+    """Mean denoising loss over the held-out faces: joined captions, 8 timestep strata, the same noise every time.
+
+    The training loss mostly tells which timesteps were drawn; this one moves only when the weights do.
+    """
+    device, total = encoded.latent_mean.device, torch.zeros(())
+    for position in range(accelerator.process_index, len(dataset.validation), accelerator.num_processes):
+        face, generator = dataset.validation[position], seeded(config.seed, 4, position)
+        strata = torch.arange(VALIDATION_STRATA) + torch.rand(VALIDATION_STRATA, generator=generator)
+        timesteps = (strata / VALIDATION_STRATA * scheduler.config.num_train_timesteps).long().to(device)
+        noise = torch.randn(VALIDATION_STRATA, *encoded.latent_mean.shape[1:], generator=generator).to(device)
+        latents = encoded.latent_mean[face].expand_as(noise)
+        text_embeddings = encoded.text_embeddings[dataset.text_indices[face][-1]].expand(VALIDATION_STRATA, -1, -1)
+        losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
+        total += losses.float().mean().cpu()
+    return accelerator.reduce(total.to(device), reduction="sum").item() / len(dataset.validation)
+
+
+# The run around the loop -----------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM ends the training after the step under way, saved; outside training, or twice: at once."""
+
+    def __init__(self):
+        self.number, self.training = 0, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        if not self.training:
+            raise Stop(128 + number, "interrupted; all that was done is kept, and the same command goes on")
+
+
+def wants_checkpointing(config: TrainingConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to recompute activations in the backward pass: a third more work for about half the memory."""
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing == "on"
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    needed = ACTIVATION_GIB * 2**30 * config.train_batch_size * (config.resolution / 512) ** 2 * dtype.itemsize / 2
+    return free < 1.25 * needed
+
+
+def open_tensorboard(folder: Path):
+    """A TensorBoard writer if the package is installed, else None; metrics.csv is written in any case."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak of what the run took: on the GPU if there is one, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check_gradients_flow(unet) -> None:
+    """Before the first update: the data's gradient must reach every up_weight (down_weight's is zero, as up is)."""
+    dead = [name for name, layer in lora_modules(unet).items() if not (layer.up_weight.grad).any()]
+    if dead:
+        raise Stop(4, f"{len(dead)} LoRA modules get no gradient, the first is {dead[0]}: a bug, please report it")
+
+
+def clip_and_step(optimizer, scaler, parameters, max_grad_norm: float) -> bool:
+    """Clip the gradient's norm and step, unless the gradient isn't finite. Returns whether it stepped.
+
+    Under fp16 the scaler then halves its scale; without a scaler the weights simply stay as they are.
+    """
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        scaler.step(optimizer)
+    scaler.update()
+    return finite
+
+
+def tell(summary: dict, state: dict, config: TrainingConfig, output: Path, say) -> None:
+    """The last lines on the screen: what came of it, and where it is."""
+    if summary["stopped_epoch"]:
+        say(f"Stopped early: no better validation loss in {config.early_stopping_patience} epochs")
+    if summary["val_ratio"]:
+        say(f"Validation loss {summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} "
+            f"(x {summary['val_ratio']:.2f}), best epoch {summary['best_epoch']} of {summary['epochs_run']}")
+    say(f"Weight decay over the whole run: weights x {math.exp(state['total_log_decay']):.8f}")
+    say(f"{summary['images_per_s']:.1f} images/s, peak memory {summary['peak_memory_mib']:.0f} MiB, "
+        f"{summary['seconds']:.0f} s in all (first step after {summary['first_step_s'] or 0:.0f} s)")
+    say(f"LoRA: {summary['lora_safetensors']} and .bin" + (f"; look at {output / 'before_after.png'}" if
+        config.sample_prompts else ""))
+
+
+def export(unet, best, config: TrainingConfig, dataset, state: dict) -> Path:
+    """Write the best epoch's weights, and the last's to last/; each file is read back and compared before it counts."""
+    output = Path(config.output_dir)
+    metadata = {
+        "ss_sd_model_name": config.pretrained_model, "ss_resolution": f"({config.resolution}, {config.resolution})",
+        "ss_num_train_images": len(dataset), "ss_num_validation_images": len(dataset.validation),
+        "ss_num_epochs": config.num_train_epochs, "ss_steps": state["step"], "ss_learning_rate": config.learning_rate,
+        "ss_lr_scheduler": "cosine with warmup", "ss_optimizer": "torch.optim.AdamW", "ss_seed": config.seed,
+        "ss_batch_size_per_device": config.train_batch_size, "ss_mixed_precision": config.mixed_precision,
+        "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "ss_max_grad_norm": config.max_grad_norm, "ss_caption_dropout_rate": config.caption_dropout,
+    }
+    for folder, weights, epoch in ((output / "last", None, state["epochs"]), (output, best, state["best_epoch"])):
+        folder.mkdir(exist_ok=True)
+        if weights:
+            with torch.no_grad():
+                for parameter, value in zip(lora_parameters(unet), weights, strict=True):
+                    parameter.copy_(value)
+        for suffix in (".bin", ".safetensors"):
+            path = folder / f"pytorch_lora_weights{suffix}"
+            save_lora_weights(unet, path, torch.float16, metadata | {"ss_epoch": epoch})
+    return path
+
+
+# Training --------------------------------------------------------------------------------------------------------
+
+
+def main(config: TrainingConfig, process_start: float | None = None) -> dict:
+    """Run a whole training, or what is left of it, and return the summary; raises Stop or an input error."""
+    started = process_start or time.time()
+    check_config(config)
+    stop_signal = StopSignal()
+    accelerator = Accelerator(mixed_precision="no")  # for processes and devices; precision is handled below
+    device, is_main = accelerator.device, accelerator.is_main_process
+    say = tqdm.write if is_main else lambda text: None
+    process = (accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    torch.manual_seed(config.seed)  # for the LoRA's first weights; all later randomness comes from seeded()
+
+    # What was asked for, and what this machine can do.
+    if config.pretrained_model in MIRRORS:
+        config = dataclasses.replace(config, pretrained_model=MIRRORS[config.pretrained_model])
+        say(f"The original repository is gone from the hub; using its mirror {config.pretrained_model}")
+    precision = config.mixed_precision if device.type == "cuda" else "no"
+    if precision != config.mixed_precision:
+        say(f'mixed_precision="{config.mixed_precision}" needs CUDA: float32 is used on this {device.type}')
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
+    use_xformers = config.use_xformers and importlib.util.find_spec("xformers") is not None
+    if use_xformers != config.use_xformers:
+        say("use_xformers is on, but xformers is not installed: PyTorch's own fused attention is used")
+
+    # The data set, and the arithmetic of the run.
+    dataset = MangaFaceDataset(
+        config.dataset_dir, config.json_file, config.resolution, config.weighting, config.weight_min,
+        config.weight_max, config.validation_share, config.seed, config.num_workers,
+    )
+    effective_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    steps_per_epoch = math.ceil(len(dataset) / effective_batch)
+    total_steps = steps_per_epoch * config.num_train_epochs
+    output = Path(config.output_dir)
+    run = {"constants": dataclasses.asdict(config), "data": dataset.fingerprint,
+           "processes": accelerator.num_processes, "precision": precision}
+    action = "new" if config.dry_run else check_output_folder(output, run, MAY_CHANGE_ON_RESUME, config.overwrite)
+    if action == "finished":
+        say(f"{output} holds this run, finished. More num_train_epochs go on from there, --overwrite starts anew.")
+        return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    say(dataset.report(find_tokenizer(config.pretrained_model)))
+    say(f"Effective batch: {config.train_batch_size} x {config.gradient_accumulation_steps} x "
+        f"{accelerator.num_processes} = {effective_batch} (per pass x accumulated x processes)")
+    say(f"Steps: {steps_per_epoch} per epoch x {config.num_train_epochs} epochs = {total_steps}")
+    if config.dry_run:
+        say("Dry run: nothing was written.")
+        return {}
+
+    # Encode every face and text once; VAE and text encoder are gone before the UNet comes.
+    base = find_base(config.pretrained_model)
+    check_resolution(config.resolution, base)
+    vae_identity = folder_identity(base / "vae")
+    text_identity = folder_identity(base / "text_encoder") + folder_identity(base / "tokenizer")
+    latents = encode_faces(dataset, config.cache_dir, vae_identity, lambda: load_vae(base, device), process)
+    texts, prompts = (
+        encode_texts(some, config.cache_dir, text_identity, lambda: load_text_encoder(base, device), dtype, process)
+        for some in (dataset.texts, ["", *config.sample_prompts])
+    )
+    encoded = EncodedDataset(*latents, texts).to(device)
+    free_memory(device)
+
+    # The UNet, frozen, in the working precision; the LoRA on top of it in float32.
+    unet, scheduler = load_unet(base, device, dtype)
+    inject_lora(unet, config.lora_rank, config.lora_alpha, use_xformers)
+    checkpointing = wants_checkpointing(config, device, dtype)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    parameters = lora_parameters(unet)
+    trainable, everything = (sum(p.numel() for p in some) for some in (parameters, unet.parameters()))
+    say(f"LoRA: rank {config.lora_rank}, alpha {config.lora_alpha}, {len(lora_modules(unet))} modules, {trainable:,} "
+        f"trainable parameters, {trainable / everything:.2%} of the UNet's")
+    say(f"Device {device}, precision {precision}, gradient checkpointing {'on' if checkpointing else 'off'}")
+
+    # Optimizer, loss scale, penalty. AdamW's own decay is off: apply_decay() does it exactly.
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    penalty_of = GradientPenalty(config.penalty_factor)
+    best = [parameter.detach().clone() for parameter in parameters]
+    state = {
+        "step": 0, "optimizer_steps": 0, "images_seen": 0, "bad_steps": 0, "skipped_steps": 0, "train_seconds": 0.0,
+        "epochs": 0, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": 0.0, "total_log_decay": 0.0,
+        "val_loss_start": None, "val_loss_best": None, "best_epoch": 0, "epochs_without_improvement": 0,
+    }
+
+    # Resume where a checkpoint says, or start in an empty folder.
+    loaded = load_newest_checkpoint(output / "checkpoints") if action == "resume" and is_main else None
+    accelerator.wait_for_everyone()  # the main process has moved damaged checkpoints aside
+    loaded = loaded or (load_newest_checkpoint(output / "checkpoints") if action == "resume" else None)
+    if loaded:
+        tensors, state, problems = loaded
+        restore(tensors, parameters, best, optimizer, state["optimizer_steps"])
+        scaler.load_state_dict(state["scaler"])
+        say("\n".join([*problems, f"Resuming after step {state['step']} of {total_steps}"]))
+        if state["total_steps"] != total_steps:
+            say(f"num_train_epochs was changed: the rest follows the cosine over {total_steps} steps, from a learning "
+                f"rate of {learning_rate_at(state['step'], total_steps, config):.1e}")
+    resumed_from_step = state["step"]
+    if is_main:
+        run |= {"base": str(base.resolve()), "torch": torch.__version__, "device": str(device)}
+        start_folder(output, run, resumed_from_step, action)
+    tensorboard = open_tensorboard(output / "tensorboard") if is_main else None
+
+    def done() -> bool:
+        patience = config.early_stopping_patience or math.inf
+        return state["epochs"] >= config.num_train_epochs or state["epochs_without_improvement"] >= patience
+
+    def save() -> None:
+        state["total_steps"], state["scaler"] = total_steps, scaler.state_dict()
+        if is_main:
+            tensors = gather(parameters, best, optimizer)
+            save_checkpoint(output / "checkpoints", state["step"], tensors, state, config.keep_checkpoints)
+        accelerator.wait_for_everyone()
+
+    def save_and_stop() -> None:
+        save()
+        again = shlex.join(["python", *sys.argv])
+        exit_code = 128 + (stop_signal.number or signal.SIGTERM)  # another process may have got the signal
+        raise Stop(exit_code, f"interrupted, saved after step {state['step']} of {total_steps}; to go on: {again}")
+
+    def sample(epoch: int) -> None:
+        wanted = config.sample_prompts and config.sample_every_n_epochs
+        if is_main and wanted and epoch % config.sample_every_n_epochs == 0:
+            free_memory(device)
+            vae = load_vae(base, device)
+            sheet = evaluate_lora.sample_sheet(unet, vae, scheduler, prompts, vars(config), f"epoch {epoch}")
+            sheet.save(output / "samples" / f"epoch-{epoch:03d}.png")
+            del vae
+            free_memory(device)
+
+    # Before step 1: what the base draws, and how well it predicts the held-out faces.
+    if state["step"] == 0:
+        sample(0)
+        if dataset.validation:
+            state["val_loss_start"] = validate(unet, scheduler, dataset, encoded, config, accelerator)
+            say(f"Validation loss before training: {state['val_loss_start']:.4f}")
+
+    bar = tqdm(desc="Training", total=total_steps, initial=state["step"], unit="step", disable=not is_main)
+    first_step_seconds = None
+    stop_signal.training = True
+    while not done():
+        # Every epoch has its weight decay and its drawing order.
+        epoch = state["epochs"]
+        weight_decay = weight_decay_at(epoch, config)
+        say(f"Epoch {epoch + 1}: Using weight decay {weight_decay:.1e}")
+        order = dataset.epoch_order(epoch)
+
+        for start in range((state["step"] - epoch * steps_per_epoch) * effective_batch, len(order), effective_batch):
+            # Draw the window of this step; this process takes its share of the rows.
+            step_start, lr = time.perf_counter(), learning_rate_at(state["step"], total_steps, config)
+            window = draw_window(dataset, order[start : start + effective_batch], state["step"],
+                                 encoded.latent_mean.shape[1:], config, scheduler.config.num_train_timesteps)
+            rows = torch.arange(accelerator.process_index, len(window), accelerator.num_processes)
+
+            # The gradient of the denoising loss, summed over processes, and that of the penalty, added once.
+            optimizer.zero_grad()
+            w_loss = accumulate_gradients(unet, scheduler, encoded, window, rows, config.train_batch_size, scaler)
+            w_loss, interrupted = sum_over_processes(parameters, w_loss, stop_signal.number)
+            if state["step"] == 0:
+                check_gradients_flow(unet)
+            penalty = penalty_of(unet)
+            if config.penalty_factor:
+                scaler.scale(penalty).backward()
+            penalty = penalty.item()
+            loss = w_loss + penalty
+
+            # Clip and step; a step that isn't finite changes nothing but the loss scale.
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if clip_and_step(optimizer, scaler, parameters, config.max_grad_norm):
+                state["log_decay"] += math.log1p(-lr * weight_decay)
+                state["optimizer_steps"] += 1
+                state["bad_steps"] = 0
+            else:
+                state["bad_steps"] += 1
+                state["skipped_steps"] += 1
+                if state["bad_steps"] > (MAX_BAD_STEPS if scaler.is_enabled() else 0):
+                    names = ", ".join(dataset.samples[face].name for face in window.faces.tolist())
+                    raise Stop(4, f"step {state['step'] + 1}: the gradient is not finite (images {names}). Nothing was "
+                                  "exported, the last checkpoint stands: lower learning_rate or look at these images")
+
+            # Count and report.
+            seconds = time.perf_counter() - step_start
+            state["step"] += 1
+            state["images_seen"] += len(window)
+            state["train_seconds"] += seconds
+            state["epoch_loss"] += loss * len(window)
+            state["epoch_images"] += len(window)
+            first_step_seconds = first_step_seconds or time.time() - started
+            images_per_s = round(len(window) / seconds, 2)
+            row = [epoch + 1, state["step"], loss, w_loss, penalty, "", lr, weight_decay, images_per_s]
+            bar.set_postfix_str(f"loss: {loss:.4f}, w_loss: {w_loss:.4f}, penalty: {penalty:.4f}", refresh=False)
+            bar.update()
+            if state["step"] % steps_per_epoch:
+                write_metrics(output, row, tensorboard) if is_main else None
+                if interrupted:
+                    save_and_stop()
+
+        # The epoch's end: decay, validate, keep the best, sample, save.
+        apply_decay(parameters, state["log_decay"])
+        state["total_log_decay"] += state["log_decay"]
+        say(f"Epoch {epoch + 1}: Average Loss: {state['epoch_loss'] / state['epoch_images']:.4f}")
+        state |= {"epochs": epoch + 1, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": 0.0}
+        better = True  # without a hold-out the latest is the best
+        if dataset.validation:
+            val_loss = row[5] = validate(unet, scheduler, dataset, encoded, config, accelerator)
+            better = state["val_loss_best"] is None or val_loss < state["val_loss_best"]
+            say(f"Epoch {epoch + 1}: Validation Loss: {val_loss:.4f}{' (best so far)' if better else ''}")
+        if better:
+            state |= {"best_epoch": epoch + 1, "val_loss_best": row[5] or None}
+            torch._foreach_copy_(best, [parameter.detach() for parameter in parameters])
+        state["epochs_without_improvement"] = 0 if better else state["epochs_without_improvement"] + 1
+        write_metrics(output, row, tensorboard) if is_main else None
+        sample(epoch + 1)
+        due = config.save_every_n_epochs and (epoch + 1) % config.save_every_n_epochs == 0
+        if due or done():
+            save()
+        if interrupted and not done():
+            save_and_stop()
+    bar.close()
+    stop_signal.training = False
+
+    # Export the best epoch, draw with the exported file, sum up.
+    peak_mib = peak_memory_mib(device)
+    summary = {}
+    if is_main:
+        lora_file = export(unet, best, config, dataset, state)
+        unet.to("cpu")
+        free_memory(device)
+        colours = {"base": None, "lora": None}
+        if config.sample_prompts:
+            say("Drawing before_after.png with the exported file ...")
+            sheet, pictures = evaluate_lora.before_and_after(output, dataset, base, device)
+            sheet.save(output / "before_after.png")
+            colours = {name: float(evaluate_lora.colourfulness(pictures[name]).mean()) for name in colours}
+            say(evaluate_lora.table(pictures))
+        start_loss, best_loss = state["val_loss_start"], state["val_loss_best"]
+        summary = {
+            "lora_bin": str(lora_file.with_suffix(".bin")), "lora_safetensors": str(lora_file),
+            "epochs_run": state["epochs"], "best_epoch": state["best_epoch"],
+            "stopped_epoch": state["epochs"] if state["epochs"] < config.num_train_epochs else None,
+            "optimizer_steps": state["optimizer_steps"], "skipped_steps": state["skipped_steps"],
+            "images_seen": state["images_seen"], "val_loss_start": start_loss, "val_loss_best": best_loss,
+            "val_ratio": best_loss / start_loss if start_loss and best_loss else None,
+            "colourfulness_base": colours["base"], "colourfulness_lora": colours["lora"],
+            "images_per_s": state["images_seen"] / max(state["train_seconds"], 1e-9), "peak_memory_mib": peak_mib,
+            "seconds": time.time() - started, "first_step_s": first_step_seconds,
+            "resumed_from_step": resumed_from_step,
+        }
+        write_whole(output / "summary.json", json.dumps(summary, indent=1).encode())
+        tell(summary, state, config, output, say)
+    accelerator.wait_for_everyone()
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        main(CONFIG, PROCESS_START)
+    except Stop as stop:
+        end(stop)
+    except (InputError, BaseModelError, CheckpointError) as error:
+        end(Stop(2, str(error)))
+    except LoRASelfCheckError as error:
+        end(Stop(4, f"the exported file failed its check and was not kept: {error}"))
+    except torch.OutOfMemoryError:
+        end(Stop(3, f"out of memory at train_batch_size={CONFIG.train_batch_size}: halve it and double "
+                    "gradient_accumulation_steps (the same step), set gradient_checkpointing=on, or lower resolution"))
+    except OSError as error:
+        end(Stop(3, f"{error.strerror or error}: {error.filename or CONFIG.output_dir}; what was saved stays whole"))
