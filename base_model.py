@@ -46,18 +46,21 @@ def find_base(pretrained_model: str) -> Path:
 
 
 def check_resolution(resolution: int, base: Path) -> None:
-    """The picture must survive every halving of the VAE and the UNet: 64 pixels for SD1.5.
+    """The picture must survive every halving of the VAE and the UNet, and leave the middle block more than one token.
 
     Raises:
-        BaseModelError: it doesn't divide; names the nearest that does.
+        BaseModelError: it isn't a multiple of 64 (SD1.5) or is below 128; names the nearest that will do.
     """
     halvings = 0
     for part in ("vae", "unet"):
         config = json.loads((base / part / "config.json").read_text(encoding="utf-8"))
         halvings += len(config["block_out_channels"]) - 1
-    if resolution % 2**halvings:
-        near = max(1, round(resolution / 2**halvings)) * 2**halvings
-        raise BaseModelError(f"resolution={resolution} must be a multiple of {2**halvings} for this base (try {near})")
+    unit = 2**halvings
+    if resolution % unit or resolution < 2 * unit:  # attention over a single token has nothing to choose from
+        near = max(2, round(resolution / unit)) * unit
+        raise BaseModelError(
+            f"resolution={resolution} must be a multiple of {unit}, at least {2 * unit}, for this base (try {near})"
+        )
 
 
 def load_vae(base: Path, device: torch.device):

@@ -2,9 +2,9 @@
 
     config.json                                 resolved constants, data fingerprint, processes, precision
     metrics.csv                                 one row per optimizer step
-checkpoints/step-000870/state.safetensors   LoRA, best LoRA, optimizer moments
-checkpoints/step-000870/state.json          step, best-so-far, patience, scaler, sums of the running epoch
-checkpoints/step-000870/manifest.json       size and SHA-256 of both; written last
+    checkpoints/step-000870/state.safetensors   LoRA, best LoRA, optimizer moments
+    checkpoints/step-000870/state.json          step, best-so-far, patience, scaler, sums of the running epoch
+    checkpoints/step-000870/manifest.json       size and SHA-256 of both; written last
 """
 
 import csv
@@ -59,8 +59,8 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
         raise CheckpointError(
             f"output_dir={str(output)!r} is not empty and holds no run of this program: choose another output_dir"
         ) from None
-    if overwrite:
-        return "new"
+    if overwrite or not (list_checkpoints(output / "checkpoints") or (output / "summary.json").is_file()):
+        return "new"  # a start that never got as far as a checkpoint holds nothing to lose
     now = json.loads(json.dumps(run))  # tuples become lists, as in the file
     changed = [
         f"{name} was {constants.get(name)!r}, is {value!r}"

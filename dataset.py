@@ -329,6 +329,8 @@ class MangaFaceDataset:
 
     def report(self, tokenizer=None) -> str:
         """What a person should know before training: faces, what is skipped or cut, the weights and their reasons."""
+        inside = self.dataset_dir.is_relative_to(Path.cwd())
+        folder = self.dataset_dir.relative_to(Path.cwd()) if inside else self.dataset_dir
         sizes = [sample.size for sample in self.samples]
         listed = {sample.path.name for sample in self.samples} | {line.split(":")[0] for line in self.skipped}
         stray = [
@@ -343,12 +345,13 @@ class MangaFaceDataset:
         uneven = sum(width != height for width, height in sizes)
         captions = [caption for sample in self.samples for caption in sample.captions]
         lines = [
-            f"Faces: {len(self.samples)} usable in {self.dataset_dir} "
+            f"Faces: {len(self.samples)} usable in {folder} "
             f"({len(self.train)} to train on, {len(self.validation)} held out)"
         ]
         if not self.validation:
             lines.append("Hold-out: none, so no validation, no early stopping; the last epoch is the one exported")
-        lines += [f"Skipped: {len(self.skipped)}"] + [f"  {line}" for line in self.skipped[:10]]
+        lines += [f"Skipped: {len(self.skipped)}"] if self.skipped else []
+        lines += [f"  {line}" for line in self.skipped[:10]]
         lines += [f"  ... and {len(self.skipped) - 10} more"] if len(self.skipped) > 10 else []
         if stray:
             lines.append(f"Without an entry in {self.json_file.name}: {len(stray)} ({', '.join(sorted(stray)[:5])})")

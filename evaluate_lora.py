@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dataset import MangaFaceDataset, encode_faces, encode_image, folder_identity, load_image
+from dataset import InputError, MangaFaceDataset, encode_faces, encode_image, folder_identity, load_image
 
 TILE = 176  # pixels a side of one picture in a contact sheet
 MEASURES = ("colourfulness", "ink share", "edge strength", "diversity")
@@ -191,24 +191,28 @@ def table(pictures: dict[str, np.ndarray]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", required=True, metavar="FOLDER", help="output folder of a finished training")
     folder = Path(parser.parse_args(arguments).lora)
     lora_file = folder / "pytorch_lora_weights.safetensors"
     if not (folder / "config.json").is_file() or not lora_file.is_file():
-        print(f"evaluate_lora.py: --lora {folder} holds no finished training: run train_manga_lora.py", file=sys.stderr)
-        return 2
+        raise InputError(f"--lora {folder} holds no finished training: run train_manga_lora.py first")
     run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     constants = run["constants"]
     names = ("dataset_dir", "json_file", "resolution", "weighting", "weight_min", "weight_max", "validation_share")
     dataset = MangaFaceDataset(**{name: constants[name] for name in names})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not constants["sample_prompts"]:
+        raise InputError(f"--lora {folder}: the run had no sample_prompts, so there is nothing to draw")
     sheet, pictures = before_and_after(folder, dataset, Path(run["base"]), device)
     sheet.save(folder / "before_after.png")
     print(table(pictures))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        main(sys.argv[1:])
+    except (InputError, OSError) as error:
+        print(f"evaluate_lora.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -51,8 +51,8 @@ class TrainingConfig:
     use_xformers: bool = False  # attention by xformers, if it is installed; else PyTorch's own fused kernel
 
     weighting: str = "sampling"  # rare captions: "sampling" draws them more often, "loss" weighs them more; "off"
-    weight_min: float = 0.5  # clip of the TF-IDF weights, whose mean is 1
-    weight_max: float = 2.0  # likewise
+    weight_min: float = 0.5  # lower clip of the TF-IDF weights, whose mean is 1
+    weight_max: float = 2.0  # upper clip; 1 for both = every weight 1
     caption_dropout: float = 0.1  # share of draws with the caption "", which guidance needs; 0 = off
     penalty_factor: float = 1e-5  # times the sum of squared LoRA weights, added to the loss; 0 = off
     min_weight_decay: float = 1e-5  # of the first epoch; 0 and 0 = off
@@ -92,9 +92,15 @@ DEMO = {  # what --demo changes; other flags apply on top
     "learning_rate": 5e-4,  # the tiny base needs ten times SD1.5's rate
     "train_batch_size": 8,  # the same step as 2 x 4, in fewer passes
     "gradient_accumulation_steps": 1,
-    "sample_prompts": (
-        "A detailed manga face portrait of a young woman with long wavy hair, gentle smile",
-        "Manga face with short spiky hair, confident expression",
+    "sample_prompts": (  # words that the demo's base knows; none names a colour
+        "A detailed manga face portrait of a young woman with long wavy hair, large round eyes, gentle smile",
+        "A manga face portrait of a girl with twin bun hair, winking eye, big open smile, flowers in the hair",
+        "Manga portrait of a boy with tousled spiky hair, large eyes, toothy grin, round glasses",
+        "A manga face portrait of a bearded man with short side-swept hair, half-closed eyes, full beard",
+        "A detailed manga face portrait of a woman with high bun hair, closed eyes, soft smile, earrings",
+        "Manga portrait of a young man with spiky mohawk hair, confident smirk, sunglasses",
+        "A manga face portrait of a girl with a straight bob and bangs, large shiny eyes, sad tiny mouth, freckles",
+        "A detailed manga face portrait of a woman with long straight hair, lashed eyes, sad crooked frown, earrings",
     ),
 }
 MAY_CHANGE_ON_RESUME = {
@@ -103,7 +109,6 @@ MAY_CHANGE_ON_RESUME = {
     "dry_run", "overwrite",
 }
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # the former was deleted
-VALIDATION_STRATA = 8  # timesteps per held-out face
 ACTIVATION_GIB = 0.8  # one image in the UNet's backward pass without checkpointing, 512 px, 2 bytes a number
 MAX_BAD_STEPS = 20  # this many non-finite steps in a row are a divergence, not a loss scale that is still settling
 
@@ -160,7 +165,7 @@ def check_config(config: TrainingConfig) -> None:
     for name in ("penalty_factor", "min_weight_decay", "max_weight_decay", "max_grad_norm"):
         check(name, 0 <= getattr(config, name) < math.inf, "0 (off) or more, and finite")
     check("max_weight_decay", config.max_weight_decay >= config.min_weight_decay, "at least min_weight_decay")
-    check("resolution", config.resolution >= 8 and config.resolution % 8 == 0, "a multiple of 64 (try 512)")
+    check("resolution", config.resolution >= 8 and config.resolution % 8 == 0, "a multiple of 8, for SD1.5 of 64")
     check("learning_rate", 0 < config.learning_rate <= 1, "above 0 and at most 1 (try 5e-5)")
     check("lr_warmup_ratio", 0 <= config.lr_warmup_ratio < 1, "in [0, 1)")
     check("caption_dropout", 0 <= config.caption_dropout <= 1, "in [0, 1]")
@@ -190,7 +195,6 @@ if __name__ == "__main__":  # bad input is told now, not after the seconds that 
     except Stop as stop:
         end(stop)
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -205,96 +209,12 @@ from checkpoint import (
     write_metrics, write_whole,
 )
 from dataset import EncodedDataset, InputError, MangaFaceDataset, encode_faces, encode_texts, folder_identity
+from denoising import accumulate_gradients, draw_window, sum_over_processes, validate
 from lora_layers import (
     GradientPenalty, LoRASelfCheckError, inject_lora, lora_modules, lora_parameters, save_lora_weights,
 )
 
-# One optimizer step ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Window:
-    """All that is random about one optimizer step, for the whole effective batch of n images."""
-
-    faces: torch.Tensor  # (n,) indices into dataset.samples
-    texts: torch.Tensor  # (n,) indices into dataset.texts; 0 is ""
-    timesteps: torch.Tensor  # (n,)
-    noise: torch.Tensor  # (n, C, h, w)
-    posterior_noise: torch.Tensor  # (n, C, h, w): which latent of the VAE's posterior
-    loss_weights: torch.Tensor  # (n,)
-
-    def __len__(self) -> int:
-        return len(self.faces)
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A generator that depends on these numbers alone, so a step can be repeated without repeating those before it."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
-
-
-def draw_window(dataset, positions, step: int, latent_shape, config: TrainingConfig, num_timesteps: int) -> Window:
-    """Draw captions, timesteps and noise of step `step` for the training faces at `positions`, from (seed, step)."""
-    count, generator = len(positions), seeded(config.seed, 3, step)
-    faces = torch.tensor([dataset.train[position] for position in positions])
-    choice = torch.rand(count, generator=generator)
-    variants = [dataset.text_indices[face] for face in faces.tolist()]
-    texts = torch.tensor([texts[int(u * len(texts))] for u, texts in zip(choice.tolist(), variants, strict=True)])
-    texts[torch.rand(count, generator=generator) < config.caption_dropout] = 0
-    # Stratified timesteps: one from each n-th of the noise schedule, so a step's loss says more and varies less.
-    strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    timesteps = (strata / count * num_timesteps).long().clamp(max=num_timesteps - 1)
-    noise = torch.randn(count, *latent_shape, generator=generator)
-    posterior_noise = torch.randn(count, *latent_shape, generator=generator)
-    loss_weights = torch.from_numpy(dataset.loss_weights()[list(positions)]).float()
-    return Window(faces, texts, timesteps, noise, posterior_noise, loss_weights)
-
-
-def denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise) -> torch.Tensor:
-    """Mean squared error of the predicted noise, one value per image: |e - e_theta(x_t, t, c)|^2. Shape: (b,) float32.
-
-    DDPM (Ho et al. 2020), equation 14. A base that predicts v (Salimans & Ho 2022) gets that target.
-    """
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    is_v = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
-    prediction = unet(noisy_latents.to(unet.dtype), timesteps, text_embeddings.to(unet.dtype), return_dict=False)[0]
-    precise = torch.float64 if prediction.dtype == torch.float64 else torch.float32
-    return (prediction.to(precise) - target.to(precise)).square().mean(dim=(1, 2, 3))
-
-
-def accumulate_gradients(unet, scheduler, encoded, window, rows, batch_size: int, scaler) -> torch.Tensor:
-    """Add to .grad the gradient of this process's part of the window's loss; returns that part of the loss.
-
-    The window's loss is the sum over its images of weight x denoising loss, over the number of images really in it:
-    an epoch's last, partial window counts each image as much as the others do, and neither the micro-batch nor the
-    number of processes changes the step.
-    """
-    device, total = encoded.latent_mean.device, torch.zeros((), device=encoded.latent_mean.device)
-    for part in rows.split(batch_size):
-        faces, noise = window.faces[part].to(device), window.noise[part].to(device)
-        latents = encoded.latent_mean[faces] + encoded.latent_std[faces] * window.posterior_noise[part].to(device)
-        text_embeddings = encoded.text_embeddings[window.texts[part].to(device)]
-        timesteps = window.timesteps[part].to(device)
-        losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
-        loss = (losses * window.loss_weights[part].to(device)).sum() / len(window)
-        scaler.scale(loss).backward()
-        total = total + loss.detach()
-    return total
-
-
-def sum_over_processes(parameters, *values) -> list[float]:
-    """All-reduce gradients and `values` in one message (nothing to do for a single process); returns the sums."""
-    device = parameters[0].device
-    extra = torch.stack([torch.as_tensor(value, dtype=parameters[0].dtype, device=device) for value in values])
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        for parameter in parameters:  # a process without images of this window adds zeros
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters] + [extra])
-        torch.distributed.all_reduce(flat)
-        *gradients, extra = flat.split([parameter.numel() for parameter in parameters] + [len(extra)])
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad.copy_(gradient.view_as(parameter))
-    return extra.tolist()
+# Schedules and the step -----------------------------------------------------------------------------------------
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainingConfig) -> float:
@@ -312,29 +232,17 @@ def weight_decay_at(epoch: int, config: TrainingConfig) -> float:
 
 
 @torch.no_grad()
-def apply_decay(parameters, log_decay: float) -> None:
-    """Multiply by exp(log_decay), in float64: one step's 1 - 5e-9 is 1 in float32, a whole epoch's product is not."""
-    for parameter in parameters:
-        parameter.copy_((parameter.cpu().double() * math.exp(log_decay)).to(parameter.dtype))
+def apply_decay(parameters, log_decay: float) -> float:
+    """Multiply the weights by exp(log_decay); returns the part of log_decay that rounding to float32 left undone.
 
-
-@torch.no_grad()
-def validate(unet, scheduler, dataset, encoded, config, accelerator) -> float:
-    """Mean denoising loss over the held-out faces: joined captions, 8 timestep strata, the same noise every time.
-
-    The training loss mostly tells which timesteps were drawn; this one moves only when the weights do.
+    One step's factor 1 - 5e-9 is 1 in float32, and even an epoch's product is near its resolution of 6e-8. So the
+    epoch's logarithms are summed, applied in float64, and what the rounded weights fell short of is carried on.
     """
-    device, total = encoded.latent_mean.device, torch.zeros(())
-    for position in range(accelerator.process_index, len(dataset.validation), accelerator.num_processes):
-        face, generator = dataset.validation[position], seeded(config.seed, 4, position)
-        strata = torch.arange(VALIDATION_STRATA) + torch.rand(VALIDATION_STRATA, generator=generator)
-        timesteps = (strata / VALIDATION_STRATA * scheduler.config.num_train_timesteps).long().to(device)
-        noise = torch.randn(VALIDATION_STRATA, *encoded.latent_mean.shape[1:], generator=generator).to(device)
-        latents = encoded.latent_mean[face].expand_as(noise)
-        text_embeddings = encoded.text_embeddings[dataset.text_indices[face][-1]].expand(VALIDATION_STRATA, -1, -1)
-        losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
-        total += losses.float().mean().cpu()
-    return accelerator.reduce(total.to(device), reduction="sum").item() / len(dataset.validation)
+    before = torch.cat([parameter.flatten() for parameter in parameters]).cpu().double()
+    after = (before * math.exp(log_decay)).to(parameters[0].dtype)
+    for parameter, values in zip(parameters, after.split([p.numel() for p in parameters]), strict=True):
+        parameter.copy_(values.view_as(parameter))
+    return log_decay - math.log((before @ after.double() / (before @ before)).item())
 
 
 # The run around the loop -----------------------------------------------------------------------------------------
@@ -363,6 +271,12 @@ def wants_checkpointing(config: TrainingConfig, device: torch.device, dtype: tor
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     needed = ACTIVATION_GIB * 2**30 * config.train_batch_size * (config.resolution / 512) ** 2 * dtype.itemsize / 2
     return free < 1.25 * needed
+
+
+def done(state: dict, config: TrainingConfig) -> bool:
+    """All epochs run, or patience lost."""
+    patience = config.early_stopping_patience or math.inf
+    return state["epochs"] >= config.num_train_epochs or state["epochs_without_improvement"] >= patience
 
 
 def open_tensorboard(folder: Path):
@@ -471,7 +385,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         say(f"The original repository is gone from the hub; using its mirror {config.pretrained_model}")
     precision = config.mixed_precision if device.type == "cuda" else "no"
     if precision != config.mixed_precision:
-        say(f'mixed_precision="{config.mixed_precision}" needs CUDA: float32 is used on this {device.type}')
+        say(f'No CUDA GPU: training in float32 on the {device.type}, not in mixed_precision="{config.mixed_precision}"')
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
     use_xformers = config.use_xformers and importlib.util.find_spec("xformers") is not None
     if use_xformers != config.use_xformers:
@@ -549,15 +463,14 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         if state["total_steps"] != total_steps:
             say(f"num_train_epochs was changed: the rest follows the cosine over {total_steps} steps, from a learning "
                 f"rate of {learning_rate_at(state['step'], total_steps, config):.1e}")
+        if done(state, config) and state["epochs"] < config.num_train_epochs:
+            say(f"No better validation loss in {state['epochs_without_improvement']} epochs, so nothing is left to do; "
+                "a larger early_stopping_patience (or 0, none) goes on")
     resumed_from_step = state["step"]
     if is_main:
         run |= {"base": str(base.resolve()), "torch": torch.__version__, "device": str(device)}
         start_folder(output, run, resumed_from_step, action)
     tensorboard = open_tensorboard(output / "tensorboard") if is_main else None
-
-    def done() -> bool:
-        patience = config.early_stopping_patience or math.inf
-        return state["epochs"] >= config.num_train_epochs or state["epochs_without_improvement"] >= patience
 
     def save() -> None:
         state["total_steps"], state["scaler"] = total_steps, scaler.state_dict()
@@ -568,7 +481,8 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
 
     def save_and_stop() -> None:
         save()
-        again = shlex.join(["python", *sys.argv])
+        again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
+        again = again if __name__ == "__main__" and accelerator.num_processes == 1 else "start it the same way"
         exit_code = 128 + (stop_signal.number or signal.SIGTERM)  # another process may have got the signal
         raise Stop(exit_code, f"interrupted, saved after step {state['step']} of {total_steps}; to go on: {again}")
 
@@ -586,13 +500,13 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     if state["step"] == 0:
         sample(0)
         if dataset.validation:
-            state["val_loss_start"] = validate(unet, scheduler, dataset, encoded, config, accelerator)
+            state["val_loss_start"] = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
             say(f"Validation loss before training: {state['val_loss_start']:.4f}")
 
     bar = tqdm(desc="Training", total=total_steps, initial=state["step"], unit="step", disable=not is_main)
     first_step_seconds = None
     stop_signal.training = True
-    while not done():
+    while not done(state, config):
         # Every epoch has its weight decay and its drawing order.
         epoch = state["epochs"]
         weight_decay = weight_decay_at(epoch, config)
@@ -602,8 +516,9 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         for start in range((state["step"] - epoch * steps_per_epoch) * effective_batch, len(order), effective_batch):
             # Draw the window of this step; this process takes its share of the rows.
             step_start, lr = time.perf_counter(), learning_rate_at(state["step"], total_steps, config)
-            window = draw_window(dataset, order[start : start + effective_batch], state["step"],
-                                 encoded.latent_mean.shape[1:], config, scheduler.config.num_train_timesteps)
+            positions = order[start : start + effective_batch]
+            window = draw_window(dataset, positions, config.seed, state["step"], encoded.latent_mean.shape[1:],
+                                 scheduler.config.num_train_timesteps, config.caption_dropout)
             rows = torch.arange(accelerator.process_index, len(window), accelerator.num_processes)
 
             # The gradient of the denoising loss, summed over processes, and that of the penalty, added once.
@@ -646,30 +561,32 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             bar.set_postfix_str(f"loss: {loss:.4f}, w_loss: {w_loss:.4f}, penalty: {penalty:.4f}", refresh=False)
             bar.update()
             if state["step"] % steps_per_epoch:
-                write_metrics(output, row, tensorboard) if is_main else None
+                if is_main:
+                    write_metrics(output, row, tensorboard)
                 if interrupted:
                     save_and_stop()
 
         # The epoch's end: decay, validate, keep the best, sample, save.
-        apply_decay(parameters, state["log_decay"])
-        state["total_log_decay"] += state["log_decay"]
+        left = apply_decay(parameters, state["log_decay"])
+        state["total_log_decay"] += state["log_decay"] - left
         say(f"Epoch {epoch + 1}: Average Loss: {state['epoch_loss'] / state['epoch_images']:.4f}")
-        state |= {"epochs": epoch + 1, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": 0.0}
+        state |= {"epochs": epoch + 1, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": left}
         better = True  # without a hold-out the latest is the best
         if dataset.validation:
-            val_loss = row[5] = validate(unet, scheduler, dataset, encoded, config, accelerator)
+            val_loss = row[5] = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
             better = state["val_loss_best"] is None or val_loss < state["val_loss_best"]
             say(f"Epoch {epoch + 1}: Validation Loss: {val_loss:.4f}{' (best so far)' if better else ''}")
         if better:
             state |= {"best_epoch": epoch + 1, "val_loss_best": row[5] or None}
             torch._foreach_copy_(best, [parameter.detach() for parameter in parameters])
         state["epochs_without_improvement"] = 0 if better else state["epochs_without_improvement"] + 1
-        write_metrics(output, row, tensorboard) if is_main else None
+        if is_main:
+            write_metrics(output, row, tensorboard)
         sample(epoch + 1)
         due = config.save_every_n_epochs and (epoch + 1) % config.save_every_n_epochs == 0
-        if due or done():
+        if due or done(state, config):
             save()
-        if interrupted and not done():
+        if interrupted and not done(state, config):
             save_and_stop()
     bar.close()
     stop_signal.training = False
@@ -716,7 +633,9 @@ if __name__ == "__main__":
         end(Stop(2, str(error)))
     except LoRASelfCheckError as error:
         end(Stop(4, f"the exported file failed its check and was not kept: {error}"))
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so are bugs
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
         end(Stop(3, f"out of memory at train_batch_size={CONFIG.train_batch_size}: halve it and double "
                     "gradient_accumulation_steps (the same step), set gradient_checkpointing=on, or lower resolution"))
     except OSError as error:

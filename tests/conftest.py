@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+torch.set_num_threads(1)  # faster for models of this size, and cores may be busy
 
 
 @pytest.fixture(scope="session")
