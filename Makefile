@@ -1,10 +1,11 @@
-# make demo   train the embedded demo, leave pictures in demo_output/
-# make test   lint and all default tests, as continuous integration runs them
+# make demo        train the embedded demo, leave pictures in demo_output/
+# make test        lint and all default tests, as continuous integration runs them
+# make test-long   the whole demo, held to the figures that the README gives
 
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 
-.PHONY: demo test
+.PHONY: demo test test-long
 
 demo: .venv/installed
 	$(VENV_PYTHON) train_manga_lora.py --demo
@@ -12,6 +13,9 @@ demo: .venv/installed
 test: .venv/installed-tests
 	.venv/bin/ruff check .
 	$(VENV_PYTHON) -m pytest
+
+test-long: .venv/installed-tests
+	$(VENV_PYTHON) -m pytest -m long
 
 # torch comes first and pinned: another package's open range would fetch a build of several gigabytes.
 .venv/installed: requirements.txt constraints.txt

@@ -7,8 +7,15 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
 FILES = (  # what a download fetches: 4.3 GB for SD1.5, and no second copy of anything
     "model_index.json",
     "*/*config.json",
@@ -39,9 +46,11 @@ def find_base(pretrained_model: str) -> Path:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BaseModelError(f"pretrained_model={pretrained_model!r} is no local folder and can't be downloaded "
                                  f"({reason}): name a diffusers folder, or try --demo") from None  # fmt: skip
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise BaseModelError(f"pretrained_model={pretrained_model!r} is no diffusers folder: it lacks {missing[0]}/")
+    for part, file in PARTS.items():
+        if not (folder / part / file).is_file():
+            raise BaseModelError(
+                f"pretrained_model={pretrained_model!r} is no diffusers folder: it lacks {Path(part, file)}"
+            )
     return folder
 
 
@@ -53,8 +62,11 @@ def check_resolution(resolution: int, base: Path) -> None:
     """
     halvings = 0
     for part in ("vae", "unet"):
-        config = json.loads((base / part / "config.json").read_text(encoding="utf-8"))
-        halvings += len(config["block_out_channels"]) - 1
+        try:
+            config = json.loads((base / part / "config.json").read_text(encoding="utf-8"))
+            halvings += len(config["block_out_channels"]) - 1
+        except (ValueError, KeyError, TypeError):
+            raise BaseModelError(f"the base's {base / part / 'config.json'} is damaged: get the base again") from None
     unit = 2**halvings
     if resolution % unit or resolution < 2 * unit:  # attention over a single token has nothing to choose from
         near = max(2, round(resolution / unit)) * unit
@@ -63,12 +75,20 @@ def check_resolution(resolution: int, base: Path) -> None:
         )
 
 
+def _load(kind, folder: Path, **options):
+    """kind.from_pretrained(folder); a part that is there but can't be loaded is the user's to replace."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BaseModelError(f"the base's {folder} can't be loaded ({reason}): get the base again") from None
+
+
 def load_vae(base: Path, device: torch.device):
     """The autoencoder in float32: SD1.5's overflows in float16 on some pictures."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(base / "vae", dtype=torch.float32)
-    return vae.to(device).eval().requires_grad_(False)
+    return _load(AutoencoderKL, base / "vae", dtype=torch.float32).to(device).eval().requires_grad_(False)
 
 
 def load_text_encoder(base: Path, device: torch.device):
@@ -77,8 +97,8 @@ def load_text_encoder(base: Path, device: torch.device):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder", dtype=torch.float32)
-    return CLIPTokenizer.from_pretrained(base / "tokenizer"), text_encoder.to(device).eval().requires_grad_(False)
+    text_encoder = _load(CLIPTextModel, base / "text_encoder", dtype=torch.float32)
+    return _load(CLIPTokenizer, base / "tokenizer"), text_encoder.to(device).eval().requires_grad_(False)
 
 
 def find_tokenizer(pretrained_model: str):
@@ -88,15 +108,24 @@ def find_tokenizer(pretrained_model: str):
     local = Path(pretrained_model, "tokenizer")
     try:
         if local.is_dir():
-            return CLIPTokenizer.from_pretrained(local)
-        return CLIPTokenizer.from_pretrained(pretrained_model, subfolder="tokenizer", local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(local)
+        else:
+            tokenizer = CLIPTokenizer.from_pretrained(pretrained_model, subfolder="tokenizer", local_files_only=True)
     except (OSError, ValueError):
         return None
+    return tokenizer if tokenizer.model_max_length < 10_000 else None  # an empty one, made up for want of files
 
 
 def load_unet(base: Path, device: torch.device, dtype: torch.dtype):
-    """(UNet in `dtype`, the noise schedule it was trained with)."""
+    """(UNet in `dtype`, the noise schedule it was trained with).
+
+    Raises:
+        BaseModelError: the UNet predicts neither the noise nor v, or isn't a text-to-image one.
+    """
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(base / "unet", dtype=dtype).to(device)
-    return unet, DDPMScheduler.from_pretrained(base / "scheduler")
+    unet = _load(UNet2DConditionModel, base / "unet", dtype=dtype)
+    scheduler = _load(DDPMScheduler, base / "scheduler")
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction") or unet.config.in_channels != 4:
+        raise BaseModelError(f"the base in {base} is not a Stable Diffusion 1.x or 2.x text-to-image model")
+    return unet.to(device), scheduler

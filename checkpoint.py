@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
 PRODUCTS = (  # all that a run writes into its folder, and all that --overwrite deletes
@@ -50,7 +50,9 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
     Raises:
         CheckpointError: the folder holds files but no run, or a run that differs in anything else.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"output_dir={str(output)!r} is a file: choose another output_dir")
+    if not output.exists() or not any(output.iterdir()):
         return "new"
     try:
         before = json.loads((output / "config.json").read_text(encoding="utf-8"))
@@ -185,13 +187,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in Path(folder).glob("step-*") if path.is_dir() and path.name[5:].isdigit())
 
 
-def load_newest_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict, list[str]] | None:
-    """Tensors and state of the newest checkpoint whose every byte is as written, or None if there is none at all.
+def load_newest_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict, list[str]]:
+    """Tensors and state of the newest checkpoint whose every byte is as written.
 
     Damaged ones are renamed to `step-000870.corrupt`; the third value says which and why.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: all are damaged, or gone. A run must never start over silently.
     """
     problems = []
     for path in reversed(list_checkpoints(folder)):
@@ -201,15 +203,15 @@ def load_newest_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict,
                 if manifest[name] != _describe(path / name):
                     raise ValueError(f"{name} is not what was saved")
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return load_file(path / "state.safetensors"), state, problems
+            # not load_file: its tensors are the file, which Windows then can't delete
+            return load((path / "state.safetensors").read_bytes()), state, problems
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             aside = path.with_name(f"{path.name}.corrupt")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
             problems.append(f"{path} is damaged ({error}); moved to {aside.name}")
-    if problems:
-        raise CheckpointError(f"no checkpoint is left to resume from: {'; '.join(problems)}; --overwrite starts anew")
-    return None
+    why = "; ".join(problems) or "there is none"
+    raise CheckpointError(f"{folder} has no checkpoint to go on from ({why}): --overwrite starts anew")
 
 
 def _describe(path: Path) -> dict:

@@ -8,6 +8,7 @@ Every constant is a flag too (--num_train_epochs 20). The same command again con
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import gc
@@ -19,6 +20,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +91,7 @@ DEMO = {  # what --demo changes; other flags apply on top
     "output_dir": "demo_output",
     "pretrained_model": str(HERE / "demo" / "base"),
     "resolution": 64,
+    "sample_every_n_epochs": 10,
     "learning_rate": 5e-4,  # the tiny base needs ten times SD1.5's rate
     "train_batch_size": 8,  # the same step as 2 x 4, in fewer passes
     "gradient_accumulation_steps": 1,
@@ -104,16 +107,16 @@ DEMO = {  # what --demo changes; other flags apply on top
     ),
 }
 MAY_CHANGE_ON_RESUME = {
-    "num_train_epochs", "early_stopping_patience", "sample_prompts", "samples_per_prompt", "sample_every_n_epochs",
-    "sample_steps", "guidance_scale", "save_every_n_epochs", "keep_checkpoints", "num_workers", "cache_dir",
-    "dry_run", "overwrite",
+    "output_dir", "num_train_epochs", "early_stopping_patience", "sample_prompts", "samples_per_prompt",
+    "sample_every_n_epochs", "sample_steps", "guidance_scale", "save_every_n_epochs", "keep_checkpoints", "num_workers",
+    "cache_dir", "dry_run", "overwrite",
 }
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # the former was deleted
 ACTIVATION_GIB = 0.8  # one image in the UNet's backward pass without checkpointing, 512 px, 2 bytes a number
 MAX_BAD_STEPS = 20  # this many non-finite steps in a row are a divergence, not a loss scale that is still settling
 
 
-class Stop(Exception):
+class Stop(BaseException):  # like KeyboardInterrupt: no library's `except Exception` may swallow it
     """Ends the program with an exit code and one line. 2 input, 3 environment, 4 diverged, 130/143 interrupted."""
 
     def __init__(self, exit_code: int, message: str):
@@ -128,8 +131,9 @@ def parse_arguments(arguments: list[str]) -> TrainingConfig:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            unknown = re.search(r"unrecognized arguments: --(\w+)", message)
-            near = difflib.get_close_matches(unknown[1], [field.name for field in fields], 1) if unknown else []
+            unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
+            names = [field.name for field in fields]
+            near = difflib.get_close_matches(unknown[1].replace("-", "_"), names, 1) if unknown else []
             raise Stop(2, message + (f" (did you mean --{near[0]}?)" if near else "; --help lists all flags"))
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -147,7 +151,7 @@ def parse_arguments(arguments: list[str]) -> TrainingConfig:
         given["sample_prompts"] = tuple(given["sample_prompts"])
     if "dataset_dir" in given and "json_file" not in given:  # the caption file is looked for in the folder
         given["json_file"] = str(Path(given["dataset_dir"]) / Path(TrainingConfig.json_file).name)
-    return dataclasses.replace(TrainingConfig(), **((DEMO if given.get("demo") else {}) | given))
+    return dataclasses.replace(TrainingConfig(), **((DEMO if given.get("demo", TrainingConfig.demo) else {}) | given))
 
 
 def check_config(config: TrainingConfig) -> None:
@@ -157,14 +161,22 @@ def check_config(config: TrainingConfig) -> None:
         if not good:
             raise Stop(2, f"{name}={getattr(config, name)!r} must be {rule}")
 
+    for field in dataclasses.fields(config):  # a flag's type was checked, a constant's edited in the file wasn't
+        value, kind = getattr(config, field.name), float if field.type is float else type(field.default)
+        good = type(value) is kind or (kind is float and type(value) is int)
+        check(field.name, good and (kind is not tuple or all(type(part) is str for part in value)),
+              "texts in brackets, each with a comma" if kind is tuple else f"of type {kind.__name__}")
     for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "samples_per_prompt",
                  "lora_rank", "lora_alpha", "sample_steps", "keep_checkpoints"):
         check(name, getattr(config, name) >= 1, "at least 1")
-    for name in ("early_stopping_patience", "sample_every_n_epochs", "save_every_n_epochs", "seed", "num_workers"):
+    for name in ("early_stopping_patience", "sample_every_n_epochs", "save_every_n_epochs", "num_workers"):
         check(name, getattr(config, name) >= 0, "0 or more")
     for name in ("penalty_factor", "min_weight_decay", "max_weight_decay", "max_grad_norm"):
         check(name, 0 <= getattr(config, name) < math.inf, "0 (off) or more, and finite")
     check("max_weight_decay", config.max_weight_decay >= config.min_weight_decay, "at least min_weight_decay")
+    check("seed", 0 <= config.seed < 2**32, "in [0, 2**32)")
+    check("lora_alpha", config.lora_alpha <= 2048, "at most 2048, which the file's float16 holds exactly")
+    check("max_weight_decay", config.max_weight_decay < 1, "below 1")
     check("resolution", config.resolution >= 8 and config.resolution % 8 == 0, "a multiple of 8, for SD1.5 of 64")
     check("learning_rate", 0 < config.learning_rate <= 1, "above 0 and at most 1 (try 5e-5)")
     check("lr_warmup_ratio", 0 <= config.lr_warmup_ratio < 1, "in [0, 1)")
@@ -248,20 +260,30 @@ def apply_decay(parameters, log_decay: float) -> float:
 # The run around the loop -----------------------------------------------------------------------------------------
 
 
-class StopSignal:
+class StopSignal(contextlib.ContextDecorator):
     """Ctrl-C or SIGTERM ends the training after the step under way, saved; outside training, or twice: at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.number, self.training = 0, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.handle)
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame) -> None:
-        if self.number:
+        if self.number and time.monotonic() > self.since + 2:  # launchers may send one signal twice
             os._exit(128 + number)
-        self.number = number
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
         if not self.training:
             raise Stop(128 + number, "interrupted; all that was done is kept, and the same command goes on")
+
+
+stop_signal = StopSignal()
 
 
 def wants_checkpointing(config: TrainingConfig, device: torch.device, dtype: torch.dtype) -> bool:
@@ -279,13 +301,13 @@ def done(state: dict, config: TrainingConfig) -> bool:
     return state["epochs"] >= config.num_train_epochs or state["epochs_without_improvement"] >= patience
 
 
-def open_tensorboard(folder: Path):
-    """A TensorBoard writer if the package is installed, else None; metrics.csv is written in any case."""
+def open_tensorboard(folder: Path, step: int):
+    """A TensorBoard writer that goes on after `step`, if the package is installed; metrics.csv is written anyway."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -308,7 +330,8 @@ def free_memory(device: torch.device) -> None:
 
 def check_gradients_flow(unet) -> None:
     """Before the first update: the data's gradient must reach every up_weight (down_weight's is zero, as up is)."""
-    dead = [name for name, layer in lora_modules(unet).items() if not (layer.up_weight.grad).any()]
+    gradients = {name: layer.up_weight.grad for name, layer in lora_modules(unet).items()}
+    dead = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
     if dead:
         raise Stop(4, f"{len(dead)} LoRA modules get no gradient, the first is {dead[0]}: a bug, please report it")
 
@@ -335,17 +358,20 @@ def tell(summary: dict, state: dict, config: TrainingConfig, output: Path, say) 
         say(f"Validation loss {summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} "
             f"(x {summary['val_ratio']:.2f}), best epoch {summary['best_epoch']} of {summary['epochs_run']}")
     say(f"Weight decay over the whole run: weights x {math.exp(state['total_log_decay']):.8f}")
+    first_step = f", first step after {summary['first_step_s']:.0f} s" if summary["first_step_s"] else ""
     say(f"{summary['images_per_s']:.1f} images/s, peak memory {summary['peak_memory_mib']:.0f} MiB, "
-        f"{summary['seconds']:.0f} s in all (first step after {summary['first_step_s'] or 0:.0f} s)")
-    say(f"LoRA: {summary['lora_safetensors']} and .bin" + (f"; look at {output / 'before_after.png'}" if
-        config.sample_prompts else ""))
+        f"{summary['seconds']:.0f} s in all{first_step}")
+    say(f"Your LoRA: {summary['lora_safetensors']} (the same as .bin beside it)")
+    if config.sample_prompts:
+        say(f"Now look at {output / 'before_after.png'}")
 
 
 def export(unet, best, config: TrainingConfig, dataset, state: dict) -> Path:
     """Write the best epoch's weights, and the last's to last/; each file is read back and compared before it counts."""
     output = Path(config.output_dir)
     metadata = {
-        "ss_sd_model_name": config.pretrained_model, "ss_resolution": f"({config.resolution}, {config.resolution})",
+        "ss_sd_model_name": Path(config.pretrained_model).name,
+        "ss_resolution": f"({config.resolution}, {config.resolution})",
         "ss_num_train_images": len(dataset), "ss_num_validation_images": len(dataset.validation),
         "ss_num_epochs": config.num_train_epochs, "ss_steps": state["step"], "ss_learning_rate": config.learning_rate,
         "ss_lr_scheduler": "cosine with warmup", "ss_optimizer": "torch.optim.AdamW", "ss_seed": config.seed,
@@ -368,16 +394,16 @@ def export(unet, best, config: TrainingConfig, dataset, state: dict) -> Path:
 # Training --------------------------------------------------------------------------------------------------------
 
 
+@stop_signal
 def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     """Run a whole training, or what is left of it, and return the summary; raises Stop or an input error."""
     started = process_start or time.time()
     check_config(config)
-    stop_signal = StopSignal()
-    accelerator = Accelerator(mixed_precision="no")  # for processes and devices; precision is handled below
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")  # for processes and devices; precision is handled below
     device, is_main = accelerator.device, accelerator.is_main_process
     say = tqdm.write if is_main else lambda text: None
     process = (accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    torch.manual_seed(config.seed)  # for the LoRA's first weights; all later randomness comes from seeded()
 
     # What was asked for, and what this machine can do.
     if config.pretrained_model in MIRRORS:
@@ -406,17 +432,23 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     if action == "finished":
         say(f"{output} holds this run, finished. More num_train_epochs go on from there, --overwrite starts anew.")
         return json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    say(dataset.report(find_tokenizer(config.pretrained_model)))
+    tokenizer = find_tokenizer(config.pretrained_model)
+    say(dataset.report(tokenizer))
     say(f"Effective batch: {config.train_batch_size} x {config.gradient_accumulation_steps} x "
         f"{accelerator.num_processes} = {effective_batch} (per pass x accumulated x processes)")
     say(f"Steps: {steps_per_epoch} per epoch x {config.num_train_epochs} epochs = {total_steps}")
+    if Path(config.pretrained_model).is_dir():
+        check_resolution(config.resolution, find_base(config.pretrained_model))
     if config.dry_run:
         say("Dry run: nothing was written.")
         return {}
 
     # Encode every face and text once; VAE and text encoder are gone before the UNet comes.
-    base = find_base(config.pretrained_model)
+    with accelerator.main_process_first():
+        base = find_base(config.pretrained_model)
     check_resolution(config.resolution, base)
+    if tokenizer is None:  # only now downloaded
+        say("\n".join(dataset.report_tokens(find_tokenizer(str(base)))))
     vae_identity = folder_identity(base / "vae")
     text_identity = folder_identity(base / "text_encoder") + folder_identity(base / "tokenizer")
     latents = encode_faces(dataset, config.cache_dir, vae_identity, lambda: load_vae(base, device), process)
@@ -429,7 +461,11 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
 
     # The UNet, frozen, in the working precision; the LoRA on top of it in float32.
     unet, scheduler = load_unet(base, device, dtype)
-    inject_lora(unet, config.lora_rank, config.lora_alpha, use_xformers)
+    torch.manual_seed(config.seed)  # for the LoRA's first weights only: all else draws from a seed and a step
+    try:
+        inject_lora(unet, config.lora_rank, config.lora_alpha, use_xformers)
+    except ImportError as error:  # xformers is there, but doesn't fit this torch
+        raise Stop(2, str(error)) from None
     checkpointing = wants_checkpointing(config, device, dtype)
     if checkpointing:
         unet.enable_gradient_checkpointing()
@@ -452,13 +488,16 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     }
 
     # Resume where a checkpoint says, or start in an empty folder.
-    loaded = load_newest_checkpoint(output / "checkpoints") if action == "resume" and is_main else None
-    accelerator.wait_for_everyone()  # the main process has moved damaged checkpoints aside
-    loaded = loaded or (load_newest_checkpoint(output / "checkpoints") if action == "resume" else None)
-    if loaded:
-        tensors, state, problems = loaded
+    if action == "resume":
+        with accelerator.main_process_first():  # it moves damaged checkpoints aside
+            tensors, state, problems = load_newest_checkpoint(output / "checkpoints")
         restore(tensors, parameters, best, optimizer, state["optimizer_steps"])
         scaler.load_state_dict(state["scaler"])
+        if config.num_train_epochs < state["epochs"] or (
+            config.num_train_epochs == state["epochs"] and state["epoch_images"]
+        ):
+            raise Stop(2, f"num_train_epochs={config.num_train_epochs} is less than this run has behind it: set it to "
+                          f"{state['epochs'] + 1} or more, or start anew with --overwrite")
         say("\n".join([*problems, f"Resuming after step {state['step']} of {total_steps}"]))
         if state["total_steps"] != total_steps:
             say(f"num_train_epochs was changed: the rest follows the cosine over {total_steps} steps, from a learning "
@@ -470,7 +509,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     if is_main:
         run |= {"base": str(base.resolve()), "torch": torch.__version__, "device": str(device)}
         start_folder(output, run, resumed_from_step, action)
-    tensorboard = open_tensorboard(output / "tensorboard") if is_main else None
+    tensorboard = open_tensorboard(output / "tensorboard", resumed_from_step) if is_main else None
 
     def save() -> None:
         state["total_steps"], state["scaler"] = total_steps, scaler.state_dict()
@@ -481,6 +520,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
 
     def save_and_stop() -> None:
         save()
+        bar.close()
         again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
         again = again if __name__ == "__main__" and accelerator.num_processes == 1 else "start it the same way"
         exit_code = 128 + (stop_signal.number or signal.SIGTERM)  # another process may have got the signal
@@ -537,6 +577,8 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             if clip_and_step(optimizer, scaler, parameters, config.max_grad_norm):
+                state["epoch_loss"] += loss * len(window)
+                state["epoch_images"] += len(window)
                 state["log_decay"] += math.log1p(-lr * weight_decay)
                 state["optimizer_steps"] += 1
                 state["bad_steps"] = 0
@@ -553,8 +595,6 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             state["step"] += 1
             state["images_seen"] += len(window)
             state["train_seconds"] += seconds
-            state["epoch_loss"] += loss * len(window)
-            state["epoch_images"] += len(window)
             first_step_seconds = first_step_seconds or time.time() - started
             images_per_s = round(len(window) / seconds, 2)
             row = [epoch + 1, state["step"], loss, w_loss, penalty, "", lr, weight_decay, images_per_s]
@@ -569,15 +609,18 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         # The epoch's end: decay, validate, keep the best, sample, save.
         left = apply_decay(parameters, state["log_decay"])
         state["total_log_decay"] += state["log_decay"] - left
-        say(f"Epoch {epoch + 1}: Average Loss: {state['epoch_loss'] / state['epoch_images']:.4f}")
+        say(f"Epoch {epoch + 1}: Average Loss: {state['epoch_loss'] / max(1, state['epoch_images']):.4f}")
         state |= {"epochs": epoch + 1, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": left}
-        better = True  # without a hold-out the latest is the best
+        val_loss, better = None, True  # without a hold-out the latest is the best
         if dataset.validation:
             val_loss = row[5] = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
+            if not math.isfinite(val_loss):
+                raise Stop(4, f"the validation loss after epoch {epoch + 1} is {val_loss}. Nothing was exported, the "
+                              "last checkpoint stands: lower learning_rate")
             better = state["val_loss_best"] is None or val_loss < state["val_loss_best"]
             say(f"Epoch {epoch + 1}: Validation Loss: {val_loss:.4f}{' (best so far)' if better else ''}")
         if better:
-            state |= {"best_epoch": epoch + 1, "val_loss_best": row[5] or None}
+            state |= {"best_epoch": epoch + 1, "val_loss_best": val_loss}
             torch._foreach_copy_(best, [parameter.detach() for parameter in parameters])
         state["epochs_without_improvement"] = 0 if better else state["epochs_without_improvement"] + 1
         if is_main:
@@ -590,6 +633,8 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             save_and_stop()
     bar.close()
     stop_signal.training = False
+    if tensorboard is not None:
+        tensorboard.close()
 
     # Export the best epoch, draw with the exported file, sum up.
     peak_mib = peak_memory_mib(device)
@@ -620,11 +665,12 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         }
         write_whole(output / "summary.json", json.dumps(summary, indent=1).encode())
         tell(summary, state, config, output, say)
-    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return summary
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a caption's characters is no reason to stop
     try:
         main(CONFIG, PROCESS_START)
     except Stop as stop:
@@ -634,7 +680,8 @@ if __name__ == "__main__":
     except LoRASelfCheckError as error:
         end(Stop(4, f"the exported file failed its check and was not kept: {error}"))
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so are bugs
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        words = str(error).lower()
+        if not (isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words):
             raise
         end(Stop(3, f"out of memory at train_batch_size={CONFIG.train_batch_size}: halve it and double "
                     "gradient_accumulation_steps (the same step), set gradient_checkpointing=on, or lower resolution"))

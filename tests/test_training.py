@@ -109,6 +109,46 @@ def test_a_partial_window_is_divided_by_what_is_in_it(precise):
     assert weights.std() > 0.05
 
 
+def test_a_base_that_predicts_v_is_given_v(precise):
+    """v = sqrt(alpha) noise - sqrt(1 - alpha) latents (Salimans & Ho 2022)."""
+    unet, scheduler, _, _, _ = precise
+    v_scheduler = type(scheduler).from_config(scheduler.config, prediction_type="v_prediction")
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(2, *LATENT_SHAPE, generator=generator).double() for _ in range(2))
+    text, timesteps = torch.randn(2, 77, 16, generator=generator).double(), torch.tensor([100, 800])
+    alphas = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1).double()
+    with torch.no_grad():
+        losses = denoising.denoising_losses(unet, v_scheduler, latents, text, timesteps, noise)
+        prediction = unet(alphas.sqrt() * latents + (1 - alphas).sqrt() * noise, timesteps, text).sample
+    v = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+    assert torch.allclose(losses, (prediction - v).square().mean(dim=(1, 2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(tiny_base, shared_faces, dtype):
+    """The fp16 path of a GPU, run on the CPU: half UNet, float32 LoRA, loss scale; per module cosine >= 0.999."""
+    dataset = MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64, num_workers=0)
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.randn(len(dataset.samples), *LATENT_SHAPE, generator=generator)
+    texts = torch.randn(len(dataset.texts), 77, 16, generator=generator)
+    gradients = {}
+    for precision in (torch.float32, dtype):
+        unet, scheduler = load_unet(tiny_base, CPU, precision)
+        torch.manual_seed(0)
+        inject_lora(unet, 4, 8)
+        parameters = lora_parameters(unet)
+        optimizer = torch.optim.AdamW(parameters)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=precision == torch.float16)
+        encoded = EncodedDataset(mean, mean * 0.1, texts.to(precision))
+        window = denoising.draw_window(dataset, range(8), 0, 0, LATENT_SHAPE, 1000, 0.1)
+        loss = denoising.accumulate_gradients(unet, scheduler, encoded, window, torch.arange(8), 4, scaler)
+        scaler.unscale_(optimizer)
+        assert loss.dtype == torch.float32 and all(parameter.grad.dtype == torch.float32 for parameter in parameters)
+        gradients[precision] = [layer.up_weight.grad.flatten() for layer in lora_modules(unet).values()]
+    cosines = [torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(*gradients.values(), strict=True)]
+    assert min(cosines) >= (0.999 if dtype == torch.float16 else 0.99), min(cosines)
+
+
 def half_of_the_step(rank, folder, base, faces):
     """One of two processes: its half of the window, then the sum over both."""
     torch.set_num_threads(1)
@@ -340,10 +380,15 @@ def test_the_same_seed_gives_the_same_bytes_and_samples_change_nothing(tiny_conf
     assert exported(tiny_config) != first
 
 
-def test_gradient_checkpointing_changes_no_weight(tiny_config):
+def test_gradient_checkpointing_changes_no_weight(tiny_config, capsys):
     run(tiny_config, num_train_epochs=1, gradient_checkpointing="off")
     first = exported(tiny_config)
-    run(tiny_config, num_train_epochs=1, gradient_checkpointing="on", overwrite=True)
+    assert "gradient checkpointing off" in capsys.readouterr().out
+    calls, original = [], torch.utils.checkpoint.checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **o: calls.append(1) or original(*a, **o))
+        run(tiny_config, num_train_epochs=1, gradient_checkpointing="on", overwrite=True)
+    assert "gradient checkpointing on" in capsys.readouterr().out and calls
     assert exported(tiny_config) == first
 
 
@@ -383,6 +428,47 @@ def test_a_resume_that_forgot_its_position_would_be_noticed(tiny_config, uninter
     monkeypatch.setattr(trainer, "draw_window", lambda d, p, seed, step, *rest: original(d, p, seed, step - 3, *rest))
     run(config)
     assert exported(config) != uninterrupted[1]
+
+
+def test_best_epoch_and_patience_survive_an_interruption(tiny_config, monkeypatch):
+    """Validation losses by epoch; the best is epoch 2, patience ends the run after epoch 4."""
+    results = []
+    for interrupted in (False, True):
+        losses = iter([1.0, 0.9, 0.7, 0.8, 0.75, 0.1])
+        config = dataclasses.replace(tiny_config, num_train_epochs=6, early_stopping_patience=2,
+                                     output_dir=f"{tiny_config.output_dir}-{interrupted}")
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "validate", lambda *_, losses=losses: next(losses))
+            if interrupted:
+                with monkeypatch.context() as inner:
+                    signal_at_step(inner, 5)  # the first of epoch 3
+                    with pytest.raises(trainer.Stop):
+                        run(config)
+            summary = run(config)
+        assert summary["resumed_from_step"] == (5 if interrupted else 0)
+        results.append((summary["best_epoch"], summary["stopped_epoch"], summary["val_loss_best"], exported(config),
+                        exported(config, "last/pytorch_lora_weights.bin"), metrics(config)))
+    assert results[0] == results[1] and results[0][:3] == (2, 4, 0.7)
+    assert results[0][3] != results[0][4]
+
+
+def test_an_interruption_inside_a_library_is_not_taken_for_that_library_s_failure(tiny_config, monkeypatch):
+    def download(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(trainer.Stop) as stop:
+        run(tiny_config, pretrained_model="nobody/nothing")
+    assert stop.value.exit_code == 130
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(tiny_config, monkeypatch):
+    losses = iter([1.0, math.nan])
+    monkeypatch.setattr(trainer, "validate", lambda *_: next(losses))
+    with pytest.raises(trainer.Stop, match="validation loss after epoch 1 is nan") as stop:
+        run(tiny_config)
+    assert stop.value.exit_code == 4
 
 
 def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tiny_config, uninterrupted, monkeypatch, capsys):

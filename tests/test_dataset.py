@@ -1,0 +1,665 @@
+"""dataset.py against references of its own: weights, drawing, hold-out, pixels, captions, cache. CPU, offline."""
+
+import json
+import math
+import os
+import re
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+import dataset as dataset_module
+from base_model import find_tokenizer, load_text_encoder, load_vae
+from dataset import InputError, MangaFaceDataset, encode_faces, encode_texts, folder_identity, load_image
+
+CPU = torch.device("cpu")
+COMMON = "manga style, clean lineart, expressive face"
+
+
+def make_faces(folder: Path, captions: list, **options) -> MangaFaceDataset:
+    """A data set of 8 x 8 pictures, each another one, named face000, face001, ... with the given captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, texts in enumerate(captions):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"face{number:03d}.png")
+        entries.append({"image_name": f"face{number:03d}", "captions": [texts] if isinstance(texts, str) else texts})
+    (folder / "captions.json").write_text(json.dumps(entries), encoding="utf-8")
+    return MangaFaceDataset(folder, folder / "captions.json", **{"resolution": 8, **options})
+
+
+@pytest.fixture(scope="module")
+def demo_captions(demo_faces) -> list[list[str]]:
+    entries = json.loads((demo_faces / "modified_face_250.json").read_text(encoding="utf-8"))
+    return [entry["captions"] for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def manga(tmp_path_factory, demo_captions) -> MangaFaceDataset:
+    """The demo's 250 captions, on pictures small enough to read at once."""
+    return make_faces(tmp_path_factory.mktemp("manga") / "faces", demo_captions)
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+
+def raw_weights_by_hand(captions: list[list[str]]) -> np.ndarray:
+    """Mean over a face's distinct words of ln((1 + n) / (1 + df)) + 1, without scikit-learn's vectorizer."""
+    words = [
+        {word for text in texts for word in re.findall(r"\w\w+", text.lower()) if word not in ENGLISH_STOP_WORDS}
+        for texts in captions
+    ]
+    idf = {}
+    for word in set().union(*words):
+        df = sum(word in some for some in words)
+        idf[word] = math.log((1 + len(words)) / (1 + df)) + 1
+    return np.array([np.mean([idf[word] for word in some]) for some in words])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 2.0), (0.05, 50.0), (0.9, 1.1), (0.98, 3.0), (0.2, 1.02), (1.0, 9.0),
+                                           (0.3, 1.0), (1e-9, 1e300)])  # fmt: skip
+def test_weights_are_clipped_mean_idf_of_distinct_terms_with_mean_one(manga, monkeypatch, low, high):
+    monkeypatch.setattr(manga, "weight_min", low)
+    monkeypatch.setattr(manga, "weight_max", high)
+    raw = raw_weights_by_hand([manga.samples[index].captions for index in manga.train])
+    weights = manga._calculate_sample_weights()
+    assert weights.dtype == np.float64
+    assert abs(weights.mean() - 1) < 1e-9
+    assert low <= weights.min() and weights.max() <= high
+    between = (weights > low * (1 + 1e-12)) & (weights < high * (1 - 1e-12))
+    if between.any():  # those not clipped share one factor, and the clipped ones are clipped rightly
+        factor = (weights / raw)[between]
+        np.testing.assert_allclose(factor, factor[0], rtol=1e-9)
+        np.testing.assert_allclose(weights, np.clip(factor[0] * raw, low, high), rtol=1e-9)
+    else:
+        np.testing.assert_allclose(weights, 1, rtol=1e-9)
+
+
+def test_rare_terms_weigh_more_and_long_captions_of_common_words_do_not(tmp_path):
+    long = ", ".join(f"common{number}" for number in range(10))
+    captions = [long] * 10 + [f"common{number % 10}, common{(number + 1) % 10}" for number in range(10)]
+    faces = make_faces(tmp_path, [*captions, "common1, heterochromia eyepatch"], validation_share=0)
+    assert faces.weights[-1] > faces.weights[:-1].max() * 1.2
+    assert faces.weights[:10].max() < faces.weights[10:20].max() * 1.01  # 5 times the words, no more weight
+
+
+def test_repeating_a_word_or_a_caption_changes_no_weight(tmp_path):
+    captions = ["long hair, manga", "short hair, manga", "round glasses, manga", "scar, manga", "hat, manga"]
+    once = make_faces(tmp_path / "once", captions, validation_share=0)
+    again = [[text, text, text.upper()] if number % 2 else text for number, text in enumerate(captions)]
+    twice = make_faces(tmp_path / "twice", again, validation_share=0)
+    np.testing.assert_allclose(twice.weights, once.weights, rtol=1e-12)
+
+
+@pytest.mark.parametrize("captions", [[COMMON] * 9, ["the and of"] * 9, ["!?"] * 9])
+def test_identical_captions_weigh_exactly_the_same(tmp_path, captions):
+    faces = make_faces(tmp_path, captions)
+    assert len(set(faces.weights)) == 1
+    assert abs(faces.weights[0] - 1) < 1e-9
+
+
+def test_a_face_of_stop_words_alone_gets_a_middling_weight(tmp_path):
+    faces = make_faces(tmp_path, [*["long hair, manga"] * 6, "scar, hat", "she is the one"], validation_share=0)
+    assert faces.weights.min() < faces.weights[-1] < faces.weights.max()
+
+
+def test_captions_of_held_out_faces_have_no_say_in_the_weights(tmp_path, demo_captions):
+    before = make_faces(tmp_path, demo_captions[:40])
+    entries = json.loads(before.json_file.read_text())
+    for index in before.validation:
+        entries[index]["captions"] = ["; ".join(text for texts in demo_captions[:40] for text in texts)]
+    before.json_file.write_text(json.dumps(entries))
+    after = MangaFaceDataset(tmp_path, before.json_file, 8)
+    assert after.validation == before.validation and len(after.validation) == 4
+    np.testing.assert_array_equal(after.weights, before.weights)
+    assert len(np.unique(after.weights)) > 10
+
+
+def test_the_weight_acts_once(manga):
+    """sampling: on the order alone; loss: on the loss alone; off: nowhere."""
+    everybody = list(range(len(manga)))
+    for weighting, order_is_weighted, loss_is_weighted in (
+        ("sampling", True, False), ("loss", False, True), ("off", False, False),
+    ):  # fmt: skip
+        faces = MangaFaceDataset(manga.dataset_dir, manga.json_file, 8, weighting)
+        drawn = sorted(faces.epoch_order(3).tolist())
+        assert (drawn != everybody) == order_is_weighted, weighting
+        assert (faces.loss_weights() != 1).any() == loss_is_weighted, weighting
+        np.testing.assert_array_equal(faces.weights, np.ones(len(faces)) if weighting == "off" else manga.weights)
+        if loss_is_weighted:
+            np.testing.assert_array_equal(faces.loss_weights(), manga.weights)
+
+
+def test_effective_sample_size_is_n_for_equal_weights_and_one_for_a_single_one(manga):
+    faces = MangaFaceDataset(manga.dataset_dir, manga.json_file, 8, "off")
+    assert faces.effective_sample_size == pytest.approx(len(faces), abs=1e-9)
+    faces.weights = np.array([3.0, 1.0])
+    assert faces.effective_sample_size == pytest.approx(16 / 10)
+    faces.weights = np.array([1.0, 0.0, 0.0])
+    assert faces.effective_sample_size == pytest.approx(1)
+
+
+# Drawing ---------------------------------------------------------------------------------------------------------
+
+
+def weight_sets(manga) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    random = [np.clip(generator.lognormal(0, 0.4, count), 0.5, 2) for count in (5, 16, 61, 250)]
+    alternating = np.tile([0.5, 1.5], 10)
+    return [manga.weights, *(weights / weights.mean() for weights in random), alternating, np.ones(12)]
+
+
+def worst_arc(epochs: int) -> float:
+    """sup over arcs of the circle of |marks inside - epochs x length|, for golden-ratio marks: bounds any weights."""
+    marks = np.sort(np.arange(epochs) * 0.618034 % 1)
+    surplus = np.arange(epochs) - epochs * marks
+    return surplus.max() - surplus.min() + 1
+
+
+def test_every_face_is_drawn_as_often_as_its_weight_says_and_is_never_away_for_long(manga, monkeypatch):
+    bounds = [worst_arc(epochs) for epochs in range(1, 61)]  # 2.504 at most
+    for weights in weight_sets(manga):
+        for seed in (0, 1, 12345):
+            for name, value in (("weights", weights), ("train", list(range(len(weights)))), ("seed", seed)):
+                monkeypatch.setattr(manga, name, value)
+            counts, longest = np.zeros(len(weights)), np.zeros(len(weights))
+            last_seen = np.full(len(weights), -1)
+            for epoch in range(60):
+                order = manga.epoch_order(epoch)
+                assert len(order) == len(weights)  # n draws per epoch, whatever the weights
+                counts += np.bincount(order, minlength=len(weights))
+                assert np.abs(counts - (epoch + 1) * weights).max() <= min(bounds[epoch], 2.51) + 1e-9
+                longest = np.maximum(longest, epoch - last_seen - 1)  # epochs away in a row
+                last_seen[order] = epoch
+            assert longest[weights >= 0.5].max() <= 3
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(manga):
+    first = manga.epoch_order(7)
+    np.random.seed(99)  # nor does the global generator matter
+    for epoch in (0, 8, 7, 3):
+        manga.epoch_order(epoch)
+    fresh = MangaFaceDataset(manga.dataset_dir, manga.json_file, 8)
+    np.testing.assert_array_equal(manga.epoch_order(7), first)
+    np.testing.assert_array_equal(fresh.epoch_order(7), first)
+    other_seed = MangaFaceDataset(manga.dataset_dir, manga.json_file, 8, seed=1)
+    assert (other_seed.epoch_order(7) != first).any()
+    orders = {tuple(manga.epoch_order(epoch).tolist()) for epoch in range(30)}
+    assert len(orders) == 30
+    assert {tuple(sorted(order)) for order in orders} != {tuple(sorted(first.tolist()))}  # not only shuffled anew
+
+
+# Hold-out --------------------------------------------------------------------------------------------------------
+
+
+def test_the_hold_out_follows_content_and_not_names_or_order(tmp_path, demo_captions):
+    faces = make_faces(tmp_path, demo_captions[:60])
+    held_out = {faces.samples[index].sha256 for index in faces.validation}
+    entries = json.loads(faces.json_file.read_text())[::-1]
+    for entry in entries:
+        new_name = f"z{hash(entry['image_name']) % 1000:03d}_{entry['image_name']}"
+        (tmp_path / f"{entry['image_name']}.png").rename(tmp_path / f"{new_name}.PNG")
+        entry["image_name"] = new_name
+    faces.json_file.write_text(json.dumps(entries))
+    renamed = MangaFaceDataset(tmp_path, faces.json_file, 8, seed=5, num_workers=0)
+    assert {renamed.samples[index].sha256 for index in renamed.validation} == held_out
+    assert len(held_out) == 6
+
+
+@pytest.mark.parametrize(("faces", "share", "expected"), [
+    (7, 0.1, 0), (8, 0.1, 4), (20, 0.1, 4), (60, 0.1, 6), (60, 0.5, 30), (60, 0, 0), (1, 0.5, 0), (20, 1e-9, 4),
+])  # fmt: skip
+def test_the_hold_out_has_at_least_four_faces_or_none(tmp_path, faces, share, expected):
+    split = make_faces(tmp_path, [COMMON] * faces, validation_share=share)
+    assert len(split.validation) == expected
+    assert sorted(split.train + split.validation) == list(range(faces))
+    assert len(split) == len(split.weights) == len(split.train)
+
+
+@pytest.mark.parametrize("copies", [2, 5, 9, 19])
+def test_copies_of_a_file_never_stand_on_both_sides(tmp_path, copies):
+    for rank in range(6):  # of the original's hash: among the last held out, the first trained on, and around
+        faces = make_faces(tmp_path / str(rank), [COMMON] * (20 + copies))
+        by_hash = sorted(faces.samples[:20], key=lambda sample: sample.sha256)
+        original = by_hash[rank].path.read_bytes()
+        for number in range(20, 20 + copies):
+            (faces.dataset_dir / f"face{number:03d}.png").write_bytes(original)
+        faces = MangaFaceDataset(faces.dataset_dir, faces.json_file, 8)
+        sides = [{faces.samples[index].sha256 for index in side} for side in (faces.train, faces.validation)]
+        assert not sides[0] & sides[1]
+        assert len(faces.train) >= len(faces.validation)
+        assert f"Exact copies: {copies}" in faces.report()
+
+
+# Pixels ----------------------------------------------------------------------------------------------------------
+
+
+RNG = np.random.default_rng(7)
+COLOUR = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+GREY = RNG.integers(0, 256, (8, 8), dtype=np.uint8)
+ALPHA = RNG.integers(0, 256, (8, 8), dtype=np.uint8)
+SIXTEEN = RNG.integers(0, 65536, (8, 8)).astype(np.uint16)
+INDEX = RNG.integers(0, 4, (8, 8), dtype=np.uint8)
+PALETTE = np.array([[255, 0, 0], [0, 200, 0], [0, 0, 90], [7, 7, 7]], dtype=np.uint8)
+
+
+def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    return (colour * (alpha[..., None] / 255) + 255 * (1 - alpha[..., None] / 255)).round()
+
+
+def three(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def indexed() -> Image.Image:
+    image = Image.fromarray(INDEX)
+    image.putpalette(PALETTE.tobytes())  # which makes it mode P
+    return image
+
+
+def check_pixels(path: Path, expected: np.ndarray, levels: int = 0) -> None:
+    """load_image() at the picture's own size must give `expected` (0..255), to `levels` of 255."""
+    pixels = load_image(path, expected.shape[0])
+    assert pixels.dtype == torch.float32 and pixels.shape == (3, *expected.shape[:2])
+    assert pixels.min() >= -1 and pixels.max() <= 1
+    got = (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
+    np.testing.assert_allclose(got, expected, atol=levels + 1e-3)
+
+
+MODES = {  # name: (file name, image, options of save, expected, levels)
+    "1": ("a.png", Image.fromarray(GREY > 127), {}, three((GREY > 127) * 255), 0),
+    "L": ("a.png", Image.fromarray(GREY), {}, three(GREY), 0),
+    "L bmp": ("a.bmp", Image.fromarray(GREY), {}, three(GREY), 0),
+    "P": ("a.png", indexed(), {}, PALETTE[INDEX], 0),
+    "P bmp": ("a.BMP", indexed(), {}, PALETTE[INDEX], 0),
+    "RGB": ("a.PNG", Image.fromarray(COLOUR), {}, COLOUR, 0),
+    "RGB bmp": ("a.bmp", Image.fromarray(COLOUR), {}, COLOUR, 0),
+    "RGB webp": ("a.WebP", Image.fromarray(COLOUR), {"lossless": True}, COLOUR, 0),
+    "RGBA": ("a.png", Image.fromarray(np.dstack([COLOUR, ALPHA])), {}, on_white(COLOUR, ALPHA), 1),
+    "RGBA webp": ("a.webp", Image.fromarray(np.dstack([COLOUR, ALPHA])), {"lossless": True, "exact": True},
+                  on_white(COLOUR, ALPHA), 1),
+    "LA": ("a.png", Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)]), {},
+           on_white(three(GREY), ALPHA), 1),
+    "P transparent index": ("a.png", indexed(), {"transparency": 2},
+                            on_white(PALETTE[INDEX], np.where(INDEX == 2, 0, 255)), 0),
+    "P alpha table": ("a.png", indexed(), {"transparency": bytes([255, 128, 0, 30])},
+                      on_white(PALETTE[INDEX], np.array([255, 128, 0, 30])[INDEX]), 1),
+    "L transparent grey": ("a.png", Image.fromarray(GREY), {"transparency": int(GREY[2, 3])},
+                           three(np.where(GREY[2, 3] == GREY, 255, GREY)), 0),
+    "I;16": ("a.png", Image.fromarray(SIXTEEN), {}, three((SIXTEEN / 65535 * 255).round()), 0),
+    "CMYK": ("a.jpg", Image.new("CMYK", (16, 16), (30, 200, 90, 40)), {"quality": 100},
+             np.full((16, 16, 3), [(255 - c) * (255 - 40) / 255 for c in (30, 200, 90)]), 2),
+    "L jpeg": ("a.JPEG", Image.new("L", (16, 16), 77), {"quality": 100}, np.full((16, 16, 3), 77), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_the_rgb_a_person_sees_on_white(tmp_path, mode):
+    name, image, options, expected, levels = MODES[mode]
+    image.save(tmp_path / name, **options)
+    check_pixels(tmp_path / name, np.asarray(expected, dtype=float), levels)
+
+
+UPRIGHT = {  # how a viewer turns the stored rows and columns, by EXIF orientation
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_exif_orientation_comes_before_the_centre_square(tmp_path, orientation, suffix):
+    stored = RNG.integers(0, 256, (8, 13, 3), dtype=np.uint8)
+    if suffix == "jpg":
+        stored = np.full((8, 13, 3), 255, dtype=np.uint8)
+        stored[:4, :6], stored[4:, :6] = 0, 90  # flat corners survive the JPEG
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(stored).save(path, exif=exif, **({"quality": 100} if suffix == "jpg" else {"lossless": True}))
+    upright = UPRIGHT[orientation](stored)
+    top, left = (upright.shape[0] - 8) // 2, (upright.shape[1] - 8) // 2
+    check_pixels(path, upright[top : top + 8, left : left + 8].astype(float), 20 if suffix == "jpg" else 0)
+    (tmp_path / "captions.json").write_text('[{"image_name": "a", "captions": ["x"]}]')
+    faces = MangaFaceDataset(tmp_path, tmp_path / "captions.json", 8)
+    assert faces.samples[0].size == upright.shape[1::-1]  # the size in the report is the upright one
+
+
+def test_alpha_and_orientation_work_together(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.dstack([COLOUR, ALPHA])).save(tmp_path / "a.png", exif=exif)
+    check_pixels(tmp_path / "a.png", np.rot90(on_white(COLOUR, ALPHA), -1), 1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_of_an_animated_file_the_first_frame_counts(tmp_path, suffix):
+    first, second = Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)
+    path = tmp_path / f"a.{suffix}"
+    first.save(path, save_all=True, append_images=[second], duration=100, lossless=True)
+    assert Image.open(path).n_frames == 2
+    check_pixels(path, COLOUR.astype(float))
+
+
+def lanczos(size: int, target: int) -> np.ndarray:
+    """The (target, size) matrix of a three-lobed Lanczos filter, widened by the reduction, rows summing to 1."""
+    scale = size / target
+    centres = (np.arange(target) + 0.5) * scale
+    distance = (np.arange(size) + 0.5 - centres[:, None]) / max(scale, 1)
+    weights = np.where(abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("width", "height", "target"), [(48, 48, 16), (41, 30, 12), (9, 20, 24)])
+def test_the_centre_square_is_resized_by_lanczos(tmp_path, width, height, target):
+    pixels = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square, matrix = pixels[top : top + side, left : left + side].astype(float), lanczos(side, target)
+    rows = np.einsum("ij,hjc->hic", matrix, square).clip(0, 255).round()
+    expected = np.einsum("ij,jwc->iwc", matrix, rows).clip(0, 255).round()
+    check_pixels(tmp_path / "a.png", expected, 1)
+
+
+def test_dataset_items_are_the_training_faces(manga):
+    item = manga[3]
+    sample = manga.samples[manga.train[3]]
+    assert torch.equal(item["pixel_values"], load_image(sample.path, 8))
+    assert item["captions"] == sample.texts and item["weight"] == manga.weights[3]
+
+
+# Captions --------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_the_captions_and_their_join_and_the_empty_text_comes_first(tmp_path):
+    faces = make_faces(tmp_path, [["Long hair. ", "smile,", "  "], "scar", ["scar"], ["scar", "hat"]])
+    assert [sample.texts for sample in faces.samples] == [
+        ("Long hair.", "smile,", "Long hair, smile"), ("scar",), ("scar",), ("scar", "hat", "scar, hat"),
+    ]  # fmt: skip
+    assert faces.texts == ["", "Long hair.", "smile,", "Long hair, smile", "scar", "hat", "scar, hat"]
+    for sample, indices in zip(faces.samples, faces.text_indices, strict=True):
+        assert tuple(faces.texts[index] for index in indices) == sample.texts
+
+
+def test_entries_of_one_image_are_merged_and_a_bom_is_no_error(tmp_path):
+    make_faces(tmp_path, [COMMON, COMMON])
+    text = json.dumps([
+        {"image_name": "face000", "captions": ["one"]}, {"image_name": "face001", "captions": ["日本語"]},
+        {"image_name": "face000", "captions": ["two"]}, {"image_name": "face000.png", "captions": ["three"]},
+    ], ensure_ascii=False)  # fmt: skip
+    (tmp_path / "captions.json").write_text(text, encoding="utf-8-sig")
+    faces = MangaFaceDataset(tmp_path, tmp_path / "captions.json", 8)
+    assert [(sample.name, sample.captions) for sample in faces.samples] == [
+        ("face000", ("one", "two", "three")), ("face001", ("日本語",)),
+    ]  # fmt: skip
+
+
+def test_names_may_carry_a_suffix_or_a_subfolder(tmp_path):
+    make_faces(tmp_path, [COMMON])
+    (tmp_path / "side").mkdir()
+    Image.fromarray(GREY).save(tmp_path / "side" / "v1.2.JPG")
+    names = ["face000.png", "side/v1.2", "./side/v1.2.JPG"]
+    (tmp_path / "captions.json").write_text(json.dumps([{"image_name": name, "captions": ["x"]} for name in names]))
+    faces = MangaFaceDataset(tmp_path, tmp_path / "captions.json", 8)
+    found = [sample.path.relative_to(tmp_path).as_posix() for sample in faces.samples]
+    assert found == ["face000.png", "side/v1.2.JPG"]
+
+
+def test_the_fingerprint_changes_with_a_pixel_or_a_caption_only(tmp_path):
+    prints = [make_faces(tmp_path, [COMMON, "hat"]).fingerprint]
+    prints.append(make_faces(tmp_path, [COMMON, "hats"]).fingerprint)
+    (tmp_path / "face001.png").write_bytes((tmp_path / "face000.png").read_bytes())
+    prints.append(MangaFaceDataset(tmp_path, tmp_path / "captions.json", 8).fingerprint)
+    assert len(set(prints)) == 3
+    assert make_faces(tmp_path, [COMMON, "hat"], seed=3, validation_share=0).fingerprint == prints[0]
+
+
+# What can't be used ----------------------------------------------------------------------------------------------
+
+
+def test_unusable_files_are_skipped_counted_and_named(tmp_path):
+    make_faces(tmp_path, [[COMMON]] * 9)
+    whole = (tmp_path / "face001.png").read_bytes()
+    Image.fromarray(COLOUR).resize((64, 64)).save(tmp_path / "big.png")
+    big = (tmp_path / "big.png").read_bytes()
+    (tmp_path / "face001.png").write_bytes(big[: len(big) * 2 // 3])  # truncated
+    (tmp_path / "face002.png").write_text("not a picture")
+    (tmp_path / "face003.png").unlink()
+    (tmp_path / "face004.png").write_bytes(b"")
+    (tmp_path / "face005.png").unlink()
+    (tmp_path / "face005.png").mkdir()
+    (tmp_path / "face006.png").unlink()
+    (tmp_path / "face006.png").symlink_to("face006.png")  # a link to itself
+    Image.fromarray(COLOUR).save(tmp_path / "face007.png", format="GIF")  # a format that isn't read, renamed
+    (tmp_path / "stray.webp").write_bytes(whole)
+    entries = json.loads((tmp_path / "captions.json").read_text())
+    entries[8]["captions"] = [" ", ""]
+    (tmp_path / "captions.json").write_text(json.dumps([*entries, {"image_name": "x" * 300 + "/y", "captions": ["x"]}]))
+    faces = MangaFaceDataset(tmp_path, tmp_path / "captions.json", 8)
+    assert [sample.name for sample in faces.samples] == ["face000"]
+    report = faces.report()
+    assert "1 usable" in report and "Skipped: 9" in report
+    for number in range(1, 9):
+        assert len([line for line in faces.skipped if line.startswith(f"face{number:03d}")]) == 1
+        assert f"  face{number:03d}" in report
+    assert "Without an entry in captions.json: 2 (big.png, stray.webp)" in report
+
+
+def test_an_image_on_which_the_decoder_trips_is_skipped_too(tmp_path, monkeypatch):
+    """Found by flipping bytes in files: Pillow's EXIF code raises struct.error, which is no ValueError."""
+    faces = make_faces(tmp_path, [COMMON] * 5)
+    real = dataset_module.ImageOps.exif_transpose
+
+    def trip(image):
+        if image.filename.endswith("face002.png"):
+            raise struct.error("required argument is not an integer")
+        return real(image)
+
+    monkeypatch.setattr(dataset_module.ImageOps, "exif_transpose", trip)
+    faces = MangaFaceDataset(tmp_path, faces.json_file, 8)
+    assert len(faces.samples) == 4
+    assert faces.skipped == ["face002.png: required argument is not an integer"]
+
+
+# The report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_names_what_is_cut_and_why_a_face_is_heavy(tmp_path, tiny_base):
+    tokenizer = find_tokenizer(str(tiny_base))  # one token per character: 75 of them are read
+    captions = ["x" * 75 + "lost", "y" * 75, *["long hair, manga"] * 16, "heterochromia, manga"]
+    faces = make_faces(tmp_path, captions, validation_share=0, weight_max=3.0)
+    report = faces.report(tokenizer)
+    assert "19 usable" in report and "Hold-out: none" in report
+    assert re.search(r"Texts over 77 tokens: 1 of 4 ", report)
+    assert re.search(r"81 tokens: 'x+'\.\.\. loses 'lost'", report)
+    assert f"Weight range: {faces.weights.min():.2f} to {faces.weights.max():.2f}" in report
+    assert f"effective sample size {faces.effective_sample_size:.1f} of 19" in report
+    assert re.search(r"heaviest \d\.\d\d  face018: heterochromia, manga", report)
+    assert "Weights: off" in make_faces(tmp_path, captions, weighting="off").report()
+
+
+def test_a_report_on_many_bad_files_stays_short_and_gives_their_number(tmp_path):
+    faces = make_faces(tmp_path, [COMMON] * 30)
+    for number in range(2, 30):
+        (tmp_path / f"face{number:03d}.png").unlink()
+    report = MangaFaceDataset(tmp_path, faces.json_file, 8).report()
+    assert "Skipped: 28" in report and "... and 18 more" in report
+    assert len(report.splitlines()) < 30
+
+
+# Encoded once ----------------------------------------------------------------------------------------------------
+
+
+def forbidden():
+    raise AssertionError("a model was loaded although everything is in the cache")
+
+
+class Counting:
+    """Loads the tiny VAE and counts, by a hook on its encoder, what goes through; may break off on the way."""
+
+    def __init__(self, base: Path, break_off_after: int | None = None):
+        self.base, self.encoded, self.break_off_after = base, 0, break_off_after
+
+    def __call__(self):
+        vae = load_vae(self.base, CPU)
+        vae.encoder.register_forward_hook(self.count)
+        return vae
+
+    def count(self, *_):
+        if self.encoded == self.break_off_after:
+            raise KeyboardInterrupt
+        self.encoded += 1
+
+
+def encode_and_count(faces, cache, identity, base) -> tuple[torch.Tensor, torch.Tensor, int]:
+    loader = Counting(base)
+    mean, std = encode_faces(faces, cache, identity, loader)
+    return mean, std, loader.encoded
+
+
+@pytest.fixture
+def few(tmp_path) -> MangaFaceDataset:
+    return make_faces(tmp_path / "few", [COMMON] * 6, resolution=16)
+
+
+def test_cached_latents_equal_the_vae_and_nothing_unchanged_is_encoded_again(tmp_path, few, tiny_base):
+    cache, identity = tmp_path / "cache", folder_identity(tiny_base / "vae")
+    mean, std, encoded = encode_and_count(few, cache, identity, tiny_base)
+    assert encoded == 6
+    vae = load_vae(tiny_base, CPU)
+    with torch.no_grad():
+        for index, sample in enumerate(few.samples):
+            posterior = vae.encode(load_image(sample.path, 16)[None]).latent_dist
+            assert torch.equal(mean[index], posterior.mean[0] * vae.config.scaling_factor)
+            assert torch.equal(std[index], posterior.std[0] * vae.config.scaling_factor)
+    again = encode_faces(few, cache, identity, forbidden)
+    assert torch.equal(again[0], mean) and torch.equal(again[1], std)
+    renamed = few.json_file.read_text().replace("face00", "other00").replace(COMMON, "other captions")
+    few.json_file.write_text(renamed)
+    for path in few.dataset_dir.glob("face*.png"):
+        path.rename(path.with_name(path.name.replace("face", "other")))
+    other = MangaFaceDataset(few.dataset_dir, few.json_file, 16, "off", validation_share=0, seed=4)
+    assert torch.equal(encode_faces(other, cache, identity, forbidden)[0], mean)  # neither names nor captions matter
+
+
+def test_exactly_what_changed_is_encoded_again(tmp_path, few, tiny_base):
+    cache, identity = tmp_path / "cache", folder_identity(tiny_base / "vae")
+    before = encode_and_count(few, cache, identity, tiny_base)[0]
+
+    pixels = np.array(Image.open(few.samples[2].path))
+    pixels[4, 4, 0] ^= 128  # one pixel of one face
+    Image.fromarray(pixels).save(few.samples[2].path)
+    changed = MangaFaceDataset(few.dataset_dir, few.json_file, 16)
+    mean, _, encoded = encode_and_count(changed, cache, identity, tiny_base)
+    assert encoded == 1
+    assert [torch.equal(new, old) for new, old in zip(mean, before, strict=True)] == [n != 2 for n in range(6)]
+
+    larger = MangaFaceDataset(few.dataset_dir, few.json_file, 24)  # the resolution
+    mean, _, encoded = encode_and_count(larger, cache, identity, tiny_base)
+    assert encoded == 6 and mean.shape[-2:] == (6, 6)
+
+    assert encode_and_count(changed, cache, "another VAE", tiny_base)[2] == 6
+    encode_faces(changed, cache, identity, forbidden)  # and the first ones are still there
+
+
+def test_another_vae_under_the_same_name_has_another_identity(tmp_path, tiny_base):
+    for path in (tiny_base / "vae").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = folder_identity(tmp_path)
+    assert before == folder_identity(tiny_base / "vae")
+    weights = bytearray((tmp_path / "diffusion_pytorch_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights)
+    assert folder_identity(tmp_path) != before
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "not a number", "garbage"])
+def test_a_damaged_entry_is_encoded_again(tmp_path, few, tiny_base, damage):
+    cache = tmp_path / "cache"
+    mean, std, _ = encode_and_count(few, cache, "vae", tiny_base)
+    file = sorted(cache.rglob("*.safetensors"))[3]
+    if damage == "not a number":
+        tensors = safetensors.torch.load(file.read_bytes())
+        tensors["std"][0, 0, 0] = math.nan
+        safetensors.torch.save_file(tensors, file)
+    else:
+        whole = file.read_bytes()
+        file.write_bytes({"torn": whole[:-9], "empty": b"", "garbage": b"\xff" * len(whole)}[damage])
+    again = encode_and_count(few, cache, "vae", tiny_base)
+    assert again[2] == 1
+    assert torch.equal(again[0], mean) and torch.equal(again[1], std)
+
+
+def test_an_interrupted_encoding_goes_on_with_the_rest_and_ends_with_the_same_bits(tmp_path, few, tiny_base):
+    cache, loader = tmp_path / "cache", Counting(tiny_base, break_off_after=4)
+    with pytest.raises(KeyboardInterrupt):
+        encode_faces(few, cache, "vae", loader)
+    mean, std, encoded = encode_and_count(few, cache, "vae", tiny_base)
+    assert encoded == 2
+    whole = encode_and_count(few, tmp_path / "another", "vae", tiny_base)
+    assert torch.equal(mean, whole[0]) and torch.equal(std, whole[1])
+    files, others = (
+        sorted(path.relative_to(folder) for path in folder.rglob("*.*")) for folder in (cache, tmp_path / "another")
+    )
+    assert files == others and not list(cache.rglob("*.tmp"))
+
+
+def test_two_processes_share_the_faces_and_get_the_same_latents_as_one(tmp_path, few, tiny_base):
+    alone = encode_and_count(few, tmp_path / "one", "vae", tiny_base)
+    barrier, loaders = threading.Barrier(2, timeout=60), [Counting(tiny_base), Counting(tiny_base)]
+    with ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(encode_faces, few, tmp_path / "two", "vae", loaders[rank], (rank, 2, barrier.wait))
+                for rank in range(2)]  # fmt: skip
+        for result in [some.result() for some in work]:
+            assert torch.equal(result[0], alone[0]) and torch.equal(result[1], alone[1])
+    assert [loader.encoded for loader in loaders] == [3, 3]
+
+
+def test_a_face_that_encodes_to_nan_is_named(tmp_path, few, tiny_base):
+    def broken():
+        vae = load_vae(tiny_base, CPU)
+        torch.nn.init.constant_(vae.quant_conv.bias, math.nan)
+        return vae
+
+    with pytest.raises(InputError, match=r"face000\.png encodes to NaN"):
+        encode_faces(few, tmp_path / "cache", "vae", broken)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_text_embeddings_equal_the_pipelines_and_are_encoded_once(tmp_path, tiny_base):
+    from diffusers import StableDiffusionPipeline
+
+    texts = ["", "A manga face", "x" * 200, *(f"face number {number}" for number in range(40))]  # two chunks
+    embeddings = encode_texts(texts, tmp_path, "te", lambda: load_text_encoder(tiny_base, CPU))
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    with torch.no_grad():
+        expected = torch.cat([pipe.encode_prompt(text, CPU, 1, False)[0] for text in texts])
+    assert embeddings.shape == (len(texts), 77, 16)
+    torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-5)
+
+    assert torch.equal(encode_texts(texts, tmp_path, "te", forbidden), embeddings)
+    half = encode_texts(texts, tmp_path, "te", lambda: load_text_encoder(tiny_base, CPU), torch.float16)
+    assert torch.equal(half, embeddings.half())
+    for changed in ((["", "another"], "te", torch.float32), (texts, "another te", torch.float32)):
+        with pytest.raises(AssertionError, match="a model was loaded"):
+            encode_texts(changed[0], tmp_path, changed[1], forbidden, changed[2])
+    cached, copy = encode_texts(texts, tmp_path, "te", forbidden), embeddings.clone()
+    for file in tmp_path.rglob("*.safetensors"):
+        os.truncate(file, file.stat().st_size // 2)
+    assert torch.equal(cached, copy)  # what was read is memory of its own, not the file's
+    assert torch.equal(encode_texts(texts, tmp_path, "te", lambda: load_text_encoder(tiny_base, CPU)), copy)

@@ -1,0 +1,136 @@
+"""The README's commands, shrunk, as a stranger would run them: the demo offline, and on two processes.
+
+    python -m pytest tests/test_demo.py
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate_lora
+
+SHRUNK = ["--demo", "--num_train_epochs", "1", "--train_batch_size", "8", "--sample_steps", "2", "--samples_per_prompt",
+          "1", "--sample_every_n_epochs", "0"]  # fmt: skip
+NO_NETWORK = """
+import socket
+real_connect, real_lookup = socket.socket.connect, socket.getaddrinfo
+
+def is_local(host):
+    return host in (None, "", "localhost", "127.0.0.1", "::1", socket.gethostname())
+
+def connect(self, address):
+    if self.family != socket.AF_UNIX and not is_local(address[0]):
+        raise AssertionError(f"network used: {address}")
+    return real_connect(self, address)
+
+def lookup(host, *rest, **options):
+    if not is_local(host):
+        raise AssertionError(f"network used: {host}")
+    return real_lookup(host, *rest, **options)
+
+socket.socket.connect, socket.getaddrinfo = connect, lookup
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """No network, no hub settings, an empty hub cache, one thread per process."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_NETWORK)
+    (tmp_path / "hub").mkdir()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE"))}
+    return clean | {"PYTHONPATH": str(tmp_path / "site"), "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+
+
+def command(arguments, environment, folder):
+    result = subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=folder, capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, f"{arguments}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result.stdout
+
+
+@pytest.fixture
+def demo(environment, tmp_path):
+    """(what the demo printed, its output folder), run from another folder than the repository."""
+    script = str(ROOT / "train_manga_lora.py")
+    printed = command([script, *SHRUNK, "--gradient_accumulation_steps", "8"], environment, tmp_path)
+    return printed, tmp_path / "demo_output"
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_demo_runs_offline_and_two_processes_train_the_same_lora(demo, environment, tmp_path):
+    printed, folder = demo
+    assert "8 x 8 x 1 = 64" in printed and "Weight range:" in printed and "Epoch 1: Average Loss:" in printed
+    assert "5-95 % of faces" in printed
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["optimizer_steps"] == 4 and summary["images_seen"] == 225
+    picture = np.asarray(Image.open(folder / "before_after.png"))
+    assert picture.std() > 20  # not a blank sheet
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert len(weights) == 3 * 128
+    assert {path.name for path in tmp_path.iterdir()} == {"site", "hub", "demo_output", ".cache"}
+    assert not any((tmp_path / "hub").rglob("*.safetensors"))
+
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    script = [str(ROOT / "train_manga_lora.py"), *SHRUNK, "--gradient_accumulation_steps", "4"]
+    printed = command([*launch, *script, "--output_dir", "two"], environment, tmp_path)
+    assert "8 x 4 x 2 = 64" in printed
+    assert [row["step"] for row in rows(tmp_path / "two")] == ["1", "2", "3", "4"]
+    for one, two in zip(rows(folder), rows(tmp_path / "two"), strict=True):
+        assert float(one["w_loss"]) == pytest.approx(float(two["w_loss"]), rel=1e-4)
+    two = load_file(tmp_path / "two" / "pytorch_lora_weights.safetensors")
+    difference = sum(float((weights[name].float() - two[name].float()).square().sum()) for name in weights)
+    moved = sum(float(weights[name].float().square().sum()) for name in weights if name.endswith("lora_up.weight"))
+    assert difference < 1e-3 * moved
+
+
+@pytest.mark.long
+def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment, tmp_path):
+    """What the README shows, unshrunk: 6 minutes of training and 8 in all on two cores."""
+    del environment["OMP_NUM_THREADS"]
+    start = time.monotonic()
+    printed = command([str(ROOT / "train_manga_lora.py"), "--demo"], environment, tmp_path)
+    assert time.monotonic() - start < 8 * 60
+    measured = {line[:44].strip(): [float(x) for x in line[44:].replace("to", "").split()]
+                for line in printed.splitlines() if line.startswith(evaluate_lora.MEASURES)}
+    base, lora, _, _, _ = measured["colourfulness"]
+    assert base >= 20 and lora <= base / 4
+    for name in ("ink share", "edge strength"):
+        _, lora, _, low, high = measured[name]
+        assert low <= lora <= high, name
+    _, lora, faces, _, _ = measured["diversity"]
+    assert lora >= faces / 2
+    summary = json.loads((tmp_path / "demo_output" / "summary.json").read_text())
+    assert summary["val_ratio"] <= 0.85
+    report = json.loads((ROOT / "demo" / "base" / "training.json").read_text())
+    assert report["held_out_loss"]["colour_lorelei"] <= 0.08
+
+
+def test_the_faces_are_what_their_script_draws(monkeypatch):
+    """Redraws three of the 250; needs the packages of demo/requirements.txt."""
+    pytest.importorskip("dicebear")
+    pytest.importorskip("resvg_py")
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    import draw_faces
+
+    entries = json.loads((ROOT / "demo" / "faces" / "modified_face_250.json").read_text(encoding="utf-8"))
+    assert len(entries) == 250
+    for index in (1, 77, 250):
+        picture, captions = draw_faces.manga_face(index)
+        with Image.open(ROOT / "demo" / "faces" / f"image{index:03}.png") as committed:
+            assert np.array_equal(np.asarray(picture), np.asarray(committed.convert("L")))
+        assert entries[index - 1] == {"image_name": f"image{index:03}", "captions": captions}
