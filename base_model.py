@@ -125,7 +125,7 @@ def load_unet(base: Path, device: torch.device, dtype: torch.dtype):
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     unet = _load(UNet2DConditionModel, base / "unet", dtype=dtype)
-    scheduler = _load(DDPMScheduler, base / "scheduler")
+    scheduler = _load(DDPMScheduler, base / "scheduler", clip_sample=False)  # SD's own setting; some bases omit it
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction") or unet.config.in_channels != 4:
         raise BaseModelError(f"the base in {base} is not a Stable Diffusion 1.x or 2.x text-to-image model")
     return unet.to(device), scheduler

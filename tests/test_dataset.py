@@ -622,9 +622,10 @@ def test_an_interrupted_encoding_goes_on_with_the_rest_and_ends_with_the_same_bi
 def test_two_processes_share_the_faces_and_get_the_same_latents_as_one(tmp_path, few, tiny_base):
     alone = encode_and_count(few, tmp_path / "one", "vae", tiny_base)
     barrier, loaders = threading.Barrier(2, timeout=60), [Counting(tiny_base), Counting(tiny_base)]
+    models = [loader() for loader in loaders]  # not in the threads: diffusers patches torch globally while it loads
     with ThreadPoolExecutor(2) as pool:
-        work = [pool.submit(encode_faces, few, tmp_path / "two", "vae", loaders[rank], (rank, 2, barrier.wait))
-                for rank in range(2)]  # fmt: skip
+        work = [pool.submit(encode_faces, few, tmp_path / "two", "vae", lambda model=model: model,
+                            (rank, 2, barrier.wait)) for rank, model in enumerate(models)]  # fmt: skip
         for result in [some.result() for some in work]:
             assert torch.equal(result[0], alone[0]) and torch.equal(result[1], alone[1])
     assert [loader.encoded for loader in loaders] == [3, 3]
