@@ -61,7 +61,8 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
         raise CheckpointError(
             f"output_dir={str(output)!r} is not empty and holds no run of this program: choose another output_dir"
         ) from None
-    if overwrite or not (list_checkpoints(output / "checkpoints") or (output / "summary.json").is_file()):
+    made = ("summary.json", "pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors")
+    if overwrite or not (list_checkpoints(output / "checkpoints") or any((output / name).is_file() for name in made)):
         return "new"  # a start that never got as far as a checkpoint holds nothing to lose
     now = json.loads(json.dumps(run))  # tuples become lists, as in the file
     changed = [

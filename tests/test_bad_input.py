@@ -154,7 +154,7 @@ def test_a_constant_edited_to_another_type_is_named(script, place, name, value):
 
 def test_a_whole_number_is_welcome_where_a_fraction_is_asked_for(script, place):
     config = script.parse_arguments(flags(place, "nowhere", "--dry_run"))
-    script.main(dataclasses.replace(config, learning_rate=1, max_grad_norm=1))
+    assert script.main(dataclasses.replace(config, learning_rate=1, max_grad_norm=1)) == {}  # a dry run's summary
 
 
 @pytest.mark.parametrize(("given", "nearest"), [(8, 64), (32, 64), (72, 64), (88, 96), (520, 512)])

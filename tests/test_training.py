@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -494,6 +495,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_silently(tmp_
         (tmp_path / f"step-{step:06d}" / "state.json").write_text("{")
     with pytest.raises(checkpoint.CheckpointError, match="--overwrite"):
         checkpoint.load_newest_checkpoint(tmp_path)
+
+
+def test_a_lora_without_its_checkpoints_is_never_deleted_unasked(tiny_config):
+    run(tiny_config, num_train_epochs=1)
+    before = exported(tiny_config)
+    shutil.rmtree(os.path.join(tiny_config.output_dir, "checkpoints"))
+    os.remove(os.path.join(tiny_config.output_dir, "summary.json"))
+    with pytest.raises(checkpoint.CheckpointError, match="--overwrite"):
+        run(tiny_config, num_train_epochs=1)
+    assert exported(tiny_config) == before
 
 
 def test_a_finished_run_says_so_and_more_epochs_go_on(tiny_config, capsys):
