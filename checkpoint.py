@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 PRODUCTS = (  # all that a run writes into its folder, and all that --overwrite deletes
     "config.json",
     "metrics.csv",
@@ -162,25 +163,20 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
     return final
 
 
-def gather(parameters, best, optimizer) -> dict[str, torch.Tensor]:
-    """Everything a checkpoint needs as flat names: LoRA, best LoRA, optimizer moments."""
-    tensors = {}
-    for number, parameter in enumerate(parameters):
-        tensors |= {f"lora.{number:03d}": parameter, f"best.{number:03d}": best[number]}
-        for name in ("exp_avg", "exp_avg_sq") if parameter in optimizer.state else ():
-            tensors[f"{name}.{number:03d}"] = optimizer.state[parameter][name]
-    return tensors
+def gather(weights, best, optimizer) -> dict[str, torch.Tensor]:
+    """All tensors that a checkpoint needs: LoRA, best LoRA, optimizer moments."""
+    moments = optimizer.state.get(weights, {})
+    return {"lora": weights, "best": best} | {name: moments[name] for name in MOMENTS if name in moments}
 
 
 @torch.no_grad()
-def restore(tensors: dict[str, torch.Tensor], parameters, best, optimizer, optimizer_steps: int) -> None:
+def restore(tensors: dict[str, torch.Tensor], weights, best, optimizer, optimizer_steps: int) -> None:
     """The inverse of gather(), into the live run. `optimizer_steps` is AdamW's own count, for its bias correction."""
-    for number, parameter in enumerate(parameters):
-        parameter.copy_(tensors[f"lora.{number:03d}"])
-        best[number].copy_(tensors[f"best.{number:03d}"])
-        if optimizer_steps:
-            moments = {name: tensors[f"{name}.{number:03d}"].to(parameter.device) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(optimizer_steps)), **moments}
+    weights.copy_(tensors["lora"])
+    best.copy_(tensors["best"])
+    if optimizer_steps:
+        moments = {name: tensors[name].to(weights.device) for name in MOMENTS}
+        optimizer.state[weights] = {"step": torch.tensor(float(optimizer_steps), device=weights.device), **moments}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

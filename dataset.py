@@ -92,8 +92,10 @@ def read_captions(json_file: str | Path) -> list[tuple[str, tuple[str, ...]]]:
     return [(name, tuple(captions)) for name, captions in merged.items()]
 
 
-def find_image(dataset_dir: Path, name: str) -> Path | None:
+def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None = None) -> Path | None:
     """The file of `name` (suffix optional, case of the suffix free) inside `dataset_dir`, or None.
+
+    `listings`, if given, keeps the folders' names from call to call: 10,000 names shouldn't be listed 10,000 times.
 
     Raises:
         InputError: the name leads out of the folder (absolute, drive, "..", backslash, link), or two files match.
@@ -102,12 +104,16 @@ def find_image(dataset_dir: Path, name: str) -> Path | None:
     if "\0" in name or "\\" in name or windows.drive or posix.is_absolute() or ".." in posix.parts:
         raise InputError(f"image_name {name!r} leads out of {dataset_dir}: only names inside the folder are read")
     folder = (dataset_dir / name).parent
-    matches = []
-    if os.path.isdir(folder):  # Path.is_dir() raises if a name is too long for the disk
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() in IMAGE_SUFFIXES and posix.name in (stem, entry.name):
-                matches.append(folder / entry.name)
+    listings = {} if listings is None else listings
+    if folder not in listings:  # Path.is_dir() raises if a name is too long for the disk
+        entries = sorted(entry.name for entry in os.scandir(folder)) if os.path.isdir(folder) else []
+        listings[folder] = {}
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry)
+            if suffix.lower() in IMAGE_SUFFIXES:
+                for key in (stem, entry):
+                    listings[folder].setdefault(key, []).append(folder / entry)
+    matches = listings[folder].get(posix.name, [])
     if len(matches) > 1:
         files = " and ".join(path.name for path in matches)
         raise InputError(f"image_name {name!r} matches {files} in {folder}: remove one, or write its suffix too")
@@ -222,8 +228,9 @@ class MangaFaceDataset:
         if not self.dataset_dir.is_dir():
             raise InputError(f"dataset_dir={str(self.dataset_dir)!r} is not a folder: set dataset_dir, or try --demo")
         found: dict[Path, tuple[str, tuple[str, ...]]] = {}
+        listings: dict[Path, dict] = {}
         for name, captions in read_captions(self.json_file):
-            path = find_image(self.dataset_dir, name)
+            path = find_image(self.dataset_dir, name, listings)
             if path is None:
                 self.skipped.append(f"{name}: no image file of that name")
             elif not captions:

@@ -1,4 +1,4 @@
-"""The arithmetic of one optimizer step: what it draws, the denoising loss, its gradient; and the validation loss.
+"""One optimizer step: what it draws, the denoising loss, its gradient, the memory for it; and the validation loss.
 
 All randomness of step s comes from (seed, s) and is drawn for the whole effective batch at once. Micro-batches and
 processes take slices of it, so none of them changes the step, and a resumed run needs no generator's state.
@@ -6,6 +6,8 @@ processes take slices of it, so none of them changes the step, and a resumed run
 Letters in shapes: n images of a window, b of a micro-batch, C latent channels, h w latent, T tokens, D text width.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +31,13 @@ class Window:
 
     def __len__(self) -> int:
         return len(self.faces)
+
+    def to(self, device: torch.device) -> "Window":
+        """On a GPU without waiting for it: the copies queue up behind the step that is still being computed."""
+        tensors = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        if device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return Window(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -64,12 +73,13 @@ def draw_window(
 def denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise) -> torch.Tensor:
     """Mean squared error of the predicted noise, one value per image: |e - e_theta(x_t, t, c)|^2. Shape: (b,) float32.
 
-    DDPM (Ho et al. 2020), equation 14. A base that predicts v (Salimans & Ho 2022) gets that target.
+    DDPM (Ho et al. 2020), equation 14. A base that predicts v (Salimans & Ho 2022) gets that target. text_embeddings
+    come in the UNet's precision (asking `unet.dtype` walks through all its modules: 2 ms a time).
     """
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
     is_v = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
-    prediction = unet(noisy_latents.to(unet.dtype), timesteps, text_embeddings.to(unet.dtype), return_dict=False)[0]
+    prediction = unet(noisy_latents.to(text_embeddings.dtype), timesteps, text_embeddings, return_dict=False)[0]
     precise = torch.float64 if prediction.dtype == torch.float64 else torch.float32
     return (prediction.to(precise) - target.to(precise)).square().mean(dim=(1, 2, 3))
 
@@ -83,32 +93,43 @@ def accumulate_gradients(
     an epoch's last, partial window counts each image as much as the others do, and neither the micro-batch nor the
     number of processes changes the step.
     """
-    device, total = encoded.latent_mean.device, torch.zeros((), device=encoded.latent_mean.device)
+    count, window = len(window), window.to(encoded.latent_mean.device)
+    total = torch.zeros((), device=encoded.latent_mean.device)
     for part in rows.split(batch_size):
-        faces, noise = window.faces[part].to(device), window.noise[part].to(device)
-        latents = encoded.latent_mean[faces] + encoded.latent_std[faces] * window.posterior_noise[part].to(device)
-        text_embeddings = encoded.text_embeddings[window.texts[part].to(device)]
-        timesteps = window.timesteps[part].to(device)
-        losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
-        loss = (losses * window.loss_weights[part].to(device)).sum() / len(window)
+        part = part.to(total.device)
+        faces = window.faces[part]
+        latents = encoded.latent_mean[faces] + encoded.latent_std[faces] * window.posterior_noise[part]
+        text_embeddings = encoded.text_embeddings[window.texts[part]]
+        losses = denoising_losses(
+            unet, scheduler, latents, text_embeddings, window.timesteps[part], window.noise[part]
+        )
+        loss = (losses * window.loss_weights[part]).sum() / count
         scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
 
 
-def sum_over_processes(parameters, *values) -> list[float]:
-    """All-reduce gradients and `values` in one message (nothing to do for a single process); returns the sums."""
-    device = parameters[0].device
-    extra = torch.stack([torch.as_tensor(value, dtype=parameters[0].dtype, device=device) for value in values])
+def sum_over_processes(*tensors: torch.Tensor) -> None:
+    """All-reduce in place; nothing to do for a single process."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        for parameter in parameters:  # a process without images of this window adds zeros
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters] + [extra])
-        torch.distributed.all_reduce(flat)
-        *gradients, extra = flat.split([parameter.numel() for parameter in parameters] + [len(extra)])
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad.copy_(gradient.view_as(parameter))
-    return extra.tolist()
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
+def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Start copying a few numbers off the device; the function returned waits for them.
+
+    A GPU computes behind the program's back. Asking for a number at once would let it idle at every step, until the
+    next step is drawn and launched.
+    """
+    if values.device.type != "cuda":
+        numbers = values.tolist()
+        return lambda: numbers
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return lambda: copied.synchronize() or host.tolist()
 
 
 @torch.no_grad()
@@ -128,3 +149,106 @@ def validate(unet, scheduler, dataset: MangaFaceDataset, encoded: EncodedDataset
         losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
         total += losses.float().mean().cpu()
     return accelerator.reduce(total.to(device), reduction="sum").item() / len(dataset.validation)
+
+
+# Memory ----------------------------------------------------------------------------------------------------------
+
+RECOMPUTED = {  # what is not kept for the backward pass, but computed again; SD1.5's share of extra work, counted
+    "nothing": "",
+    "largest": "the transformer blocks of the highest resolution are computed twice (+ 10 % work)",
+    "all": "all blocks are computed twice (+ 33 % work)",
+}
+RESERVE = 1.25  # of the activations counted: gradients on their way back, workspaces, fragments
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError on a GPU; the CPU's allocator raises a plain RuntimeError."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the images of a window go through the UNet. Any plan gives the same step, up to rounding."""
+
+    micro_batch: int  # images per pass
+    recompute: str  # a key of RECOMPUTED
+    needed: float  # bytes of activations, with RESERVE
+
+    def apply(self, unet) -> None:
+        """Switch on diffusers' checkpointing where this plan wants it."""
+        unet.disable_gradient_checkpointing()
+        if self.recompute != "nothing":
+            unet.enable_gradient_checkpointing()
+        if self.recompute == "largest":
+            largest = _blocks(unet, "Transformer2DModel", "largest")
+            for module in unet.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = module in largest
+
+    def __str__(self) -> str:
+        extra = RECOMPUTED[self.recompute] or "nothing is computed twice"
+        return f"{self.micro_batch} images per pass, {extra}; about {self.needed / 2**30:.1f} GiB of activations"
+
+
+def _blocks(unet, kind: str, recompute: str) -> set:
+    parts = (unet.down_blocks[0], unet.up_blocks[-1]) if recompute == "largest" else (unet,)
+    return {module for part in parts for module in part.modules() if type(module).__name__ == kind}
+
+
+def memory_plans(unet, latent_shape: tuple, text_shape: tuple, images: int, checkpointing: str) -> list[MemoryPlan]:
+    """All plans for `images` per window and process, the best first: recompute as little, then pass as many as can be.
+
+    What the backward pass needs is counted, not looked up: one image goes forward, and each tensor that autograd
+    keeps is weighed, by block. A recomputed block keeps its input alone; the largest is there once in full.
+
+    Args:
+        latent_shape, text_shape: (C, h, w) and (T, D).
+        checkpointing: "auto", "on" (all plans recompute all) or "off" (none does).
+    """
+    seen = {tensor.untyped_storage().data_ptr() for tensor in (*unet.parameters(), *unet.buffers())}
+    kept, starts, weights = 0, {}, {}  # bytes so far; at a block's start; (a block's own, its input's)
+
+    def weigh(tensor):
+        nonlocal kept
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept += storage.nbytes()
+        return tensor
+
+    def enter(block, _):
+        starts[block] = kept
+
+    def leave(block, inputs, _):
+        weights[block] = (kept - starts[block], inputs[0].nbytes)
+
+    blocks = _blocks(unet, "BasicTransformerBlock", "all") | _blocks(unet, "ResnetBlock2D", "all")
+    hooks = [hook for block in blocks for hook in (
+        block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]  # fmt: skip
+    latents, text = (torch.zeros(1, *shape).to(unet.device, unet.dtype) for shape in (latent_shape, text_shape))
+    unet.disable_gradient_checkpointing()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+            unet(latents, torch.zeros(1, device=unet.device, dtype=torch.long), text)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return [MemoryPlan(1, "nothing" if checkpointing == "off" else "all", float("inf"))]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    tiers = {"auto": RECOMPUTED, "on": ("all",), "off": ("nothing",)}[checkpointing]
+    plans = []
+    for tier in tiers:
+        again = {"nothing": set(), "all": blocks, "largest": _blocks(unet, "BasicTransformerBlock", "largest")}[tier]
+        of_one = kept - sum(own - entry for own, entry in (weights[block] for block in again))
+        of_one += max((weights[block][0] for block in again), default=0)
+        plans += [MemoryPlan(n, tier, RESERVE * n * of_one) for n in range(images, 0, -1) if images % n == 0]
+    return plans
+
+
+def choose_plan(plans: list[MemoryPlan], free: float) -> MemoryPlan:
+    """The first that fits into `free` bytes; if none does, the smallest."""
+    return next((plan for plan in plans if plan.needed <= free), min(plans, key=lambda plan: plan.needed))

@@ -96,6 +96,7 @@ class LoRAAttnProcessor(nn.Module):
         self.to_k_lora = lora(attn.to_k)
         self.to_v_lora = lora(attn.to_v)
         self.to_out_lora = lora(attn.to_out[0])
+        self.fused: dict[str, FusedProjection] = {}  # by letters, see fuse_lora
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         # diffusers passes the arguments that it finds in this signature; nn.Module's own names none of them
@@ -123,10 +124,12 @@ class LoRAAttnProcessor(nn.Module):
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
 
+        if encoder_hidden_states is None:
+            projected = self.project(attn, "qkv", hidden_states)
+        else:
+            projected = (*self.project(attn, "q", hidden_states), *self.project(attn, "kv", context))
         # heads: (B, T, C) -> (B, T, heads, C / heads)
-        query = self._project(attn.to_q, self.to_q_lora, hidden_states).unflatten(-1, (attn.heads, -1))
-        key = self._project(attn.to_k, self.to_k_lora, context).unflatten(-1, (attn.heads, -1))
-        value = self._project(attn.to_v, self.to_v_lora, context).unflatten(-1, (attn.heads, -1))
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in projected)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
@@ -145,15 +148,31 @@ class LoRAAttnProcessor(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
         mixed = mixed.flatten(2).to(query.dtype)
 
-        out = attn.to_out[1](self._project(attn.to_out[0], self.to_out_lora, mixed))
+        (out,) = self.project(attn, "o", mixed)
+        out = attn.to_out[1](out)
         if image_shape is not None:
             out = out.transpose(1, 2).reshape(image_shape)
         if attn.residual_connection:
             out = out + residual
-        return out / attn.rescale_output_factor
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
-    def _project(self, linear: nn.Module, lora: LoRALinearLayer, x: Tensor) -> Tensor:
-        return linear(x) + lora(x) if lora.base_weight is None else linear(x)
+    def layers(self, attn: nn.Module) -> dict[str, tuple[nn.Linear, LoRALinearLayer]]:
+        """The base's linear layers and their corrections by letter: q, k, v, o for output."""
+        return {
+            "q": (attn.to_q, self.to_q_lora),
+            "k": (attn.to_k, self.to_k_lora),
+            "v": (attn.to_v, self.to_v_lora),
+            "o": (attn.to_out[0], self.to_out_lora),
+        }
+
+    def project(self, attn: nn.Module, letters: str, x: Tensor) -> tuple[Tensor, ...]:
+        """Base plus correction of x for each letter; one after another, or (see fuse_lora) as one product."""
+        layers = [self.layers(attn)[letter] for letter in letters]
+        merged = layers[0][1].base_weight is not None
+        fused = self.fused.get(letters)
+        if fused is not None and fused.fits(x) and not merged:
+            return fused(x, [lora for _, lora in layers])
+        return tuple(linear(x) if merged else linear(x) + lora(x) for linear, lora in layers)
 
 
 def inject_lora(
@@ -374,6 +393,131 @@ def unmerge_lora(unet: nn.Module) -> None:
             layer.base_weight = None
 
 
+class FusedProjection:
+    """Projections of one input, with their LoRA: two matrix products forward, six backward, for q, k and v together.
+
+        [y | u] = x [W | A]^T      W: base weights stacked, (sum of out, in)      A: `down_weight`s, (sum of r, in)
+        y += scale u B^T           B: `up_weight`s as the blocks of a diagonal, (sum of out, sum of r)
+
+    The numbers of the plain sum, up to rounding: nothing is merged, so an fp16 base loses no small correction. But
+    far fewer kernels, on whose launching small batches spend more time than on arithmetic. The gradients, dy given:
+
+        t = scale dy B      dx = dy W + t A      dA = t^T x      dB = scale dy^T u, its diagonal blocks
+    """
+
+    def __init__(self, layers: list[tuple[nn.Linear, LoRALinearLayer]]):
+        linears, loras = zip(*layers, strict=True)
+        weight = linears[0].weight
+        self.widths, self.rank, self.scale = [linear.out_features for linear in linears], loras[0].rank, loras[0].scale
+        out, rank = sum(self.widths), self.rank * len(layers)
+        spare = -(out + rank) % 16  # rows of zeros: attention's half-precision kernels read whole 16 bytes
+        self.stacked = weight.detach().new_zeros(out + rank + spare, linears[0].in_features)  # [W | A]
+        self.up = self.stacked.new_zeros(out, rank)  # B
+        biased = any(linear.bias is not None for linear in linears)
+        self.bias = self.stacked.new_zeros(len(self.stacked)) if biased else None
+        self.places = []  # where each layer's down_weight and up_weight are copied to
+        start = 0
+        for number, linear in enumerate(linears):
+            end, ranks = start + linear.out_features, slice(number * self.rank, (number + 1) * self.rank)
+            self.stacked[start:end] = linear.weight.detach()
+            linear.weight.data = self.stacked[start:end]  # the same values: one copy of the base is enough
+            if linear.bias is not None:
+                self.bias[start:end] = linear.bias.detach()
+            self.places += [self.stacked[out:][ranks], self.up[start:end, ranks]]
+            start = end
+
+    def fits(self, x: Tensor) -> bool:
+        """Not after unet.to(...) nor under autocast: the plain sum is taken then."""
+        same = x.dtype == self.stacked.dtype and x.device == self.stacked.device
+        return same and not torch.is_autocast_enabled(x.device.type)
+
+    def __call__(self, x: Tensor, layers: list[LoRALinearLayer]) -> tuple[Tensor, ...]:
+        """Shape: (..., in) -> one (..., out) per layer, views of one tensor."""
+        return _FusedProduct.apply(x, self, *(w for layer in layers for w in (layer.down_weight, layer.up_weight)))
+
+
+class _FusedProduct(torch.autograd.Function):
+    """FusedProjection's formulas. `weights` (fp32) only receive their gradients: their values are in stacked and up."""
+
+    @staticmethod
+    def forward(ctx, x, fused, *weights):
+        rows = x.reshape(-1, x.shape[-1])
+        stacked = fused.stacked.T
+        product = rows @ stacked if fused.bias is None else torch.addmm(fused.bias, rows, stacked)
+        out, rank = fused.up.shape
+        y, narrow = product[:, :out], product[:, out : out + rank]
+        y.addmm_(narrow, fused.up.T, alpha=fused.scale)
+        ctx.save_for_backward(rows, narrow, *weights)  # the weights for autograd's check that none has changed
+        ctx.fused, ctx.shape = fused, x.shape
+        return y.unflatten(0, x.shape[:-1]).split(fused.widths, dim=-1)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        (rows, narrow, weight, *_), fused = ctx.saved_tensors, ctx.fused
+        out, rank = fused.up.shape
+        gradient = (gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=-1)).reshape(-1, out)
+        narrow_gradient = (gradient @ fused.up).mul_(fused.scale)
+        x_gradient = None
+        if ctx.needs_input_grad[0]:  # a text needs none
+            x_gradient = gradient @ fused.stacked[:out]
+            x_gradient = x_gradient.addmm_(narrow_gradient, fused.stacked[out : out + rank]).view(ctx.shape)
+        down = (narrow_gradient.T @ rows).to(weight.dtype).split(fused.rank)
+        up = (gradient.T @ narrow).to(weight.dtype).mul_(fused.scale).split(fused.widths)
+        up = [block.split(fused.rank, dim=1)[number] for number, block in enumerate(up)]
+        return x_gradient, None, *(part for pair in zip(down, up, strict=True) for part in pair)
+
+
+def fuse_lora(unet: nn.Module) -> None:
+    """Run self-attention's q, k, v as one product with their LoRA, cross-attention's k, v too: see FusedProjection.
+
+    To be called after inject_lora and unet.to(device, dtype). Saving, loading and merging work as before. At each
+    call of the UNet, the LoRA weights are copied into the products' operands, in the base's precision.
+
+    Raises:
+        ValueError: no LoRA is injected, or it is merged.
+    """
+    if any(layer.base_weight is not None for layer in _injected(unet).values()):
+        raise ValueError("LoRA is merged into this UNet; unmerge_lora before fusing")
+    places, weights = [], []
+    for name, processor in unet.attn_processors.items():
+        attn = unet.get_submodule(name.removesuffix(".processor"))
+        layers = processor.layers(attn)
+        for letters in ("q", "kv", "o") if attn.is_cross_attention else ("qkv", "o"):
+            group = [layers[letter] for letter in letters]
+            processor.fused[letters] = FusedProjection(group)
+            places += processor.fused[letters].places
+            weights += [weight for _, lora in group for weight in (lora.down_weight, lora.up_weight)]
+    unet.fused_lora = (places, weights)
+    unet.register_forward_pre_hook(_refresh)
+
+
+@torch.no_grad()
+def _refresh(unet: nn.Module, _) -> None:
+    places, weights = unet.fused_lora
+    if places[0].device == weights[0].device:  # else unet.to(...) has left the products behind
+        torch._foreach_copy_(places, weights)
+
+
+def flatten_lora(unet: nn.Module) -> nn.Parameter:
+    """All LoRA weights as one vector with a gradient, so that clipping, AdamW and a checkpoint handle one tensor.
+
+    The layers' weights and gradients become views of it, in lora_parameters()'s order: keep the gradient's memory
+    (`vector.grad.zero_()`, not `= None`).
+
+    Shape: (number of LoRA parameters,).
+
+    Raises:
+        ValueError: no LoRA is injected.
+    """
+    weights = lora_parameters(unet)
+    vector = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+    vector.grad = torch.zeros_like(vector)
+    sizes = [weight.numel() for weight in weights]
+    for weight, values, gradient in zip(weights, vector.detach().split(sizes), vector.grad.split(sizes), strict=True):
+        weight.data, weight.grad = values.view_as(weight), gradient.view_as(weight)
+    return vector
+
+
 class GradientPenalty:
     """Keeps LoRA weights small: penalty_factor * sum over LoRALinearLayers of (sum down^2 + sum up^2).
 
@@ -391,12 +535,15 @@ class GradientPenalty:
             raise ValueError(f"penalty_factor must be a finite number of at least 0, not {penalty_factor}")
         self.penalty_factor = penalty_factor
 
-    def __call__(self, model: nn.Module) -> Tensor:
-        """The penalty as a differentiable scalar, fp32 (fp64 for fp64 weights)."""
-        layers = [module for module in model.modules() if isinstance(module, LoRALinearLayer)]
-        if not layers:
-            raise ValueError(f"{type(model).__name__} has no LoRALinearLayer")
-        weights = torch.cat([w.flatten() for layer in layers for w in (layer.down_weight, layer.up_weight)])
+    def __call__(self, model: nn.Module | Tensor) -> Tensor:
+        """The penalty as a differentiable scalar, fp32 (fp64 for fp64 weights), of a model or flatten_lora's vector."""
+        if isinstance(model, Tensor):
+            weights = model
+        else:
+            layers = [module for module in model.modules() if isinstance(module, LoRALinearLayer)]
+            if not layers:
+                raise ValueError(f"{type(model).__name__} has no LoRALinearLayer")
+            weights = torch.cat([w.flatten() for layer in layers for w in (layer.down_weight, layer.up_weight)])
         exact = torch.promote_types(weights.dtype, torch.float32)
         return self.penalty_factor * weights.to(exact).square().sum()
 

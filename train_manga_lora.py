@@ -9,6 +9,7 @@ Every constant is a flag too (--num_train_epochs 20). The same command again con
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import gc
@@ -41,15 +42,15 @@ class TrainingConfig:
 
     pretrained_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or local diffusers folder
     resolution: int = 512  # pixels a side; a multiple of 64 for SD1.5
-    train_batch_size: int = 2  # images per forward pass and process; halve it when memory runs out
-    gradient_accumulation_steps: int = 4  # forward passes per optimizer step; 2 x 4 = effective batch of 8
+    train_batch_size: int = 2  # x gradient_accumulation_steps x processes = images per optimizer step
+    gradient_accumulation_steps: int = 4  # 2 x 4 = 8; how many pass at once, free memory decides
     num_train_epochs: int = 30  # passes over the training faces
     learning_rate: float = 5e-5  # peak of the cosine
     lr_warmup_ratio: float = 0.05  # share of the steps spent warming up; 0 = off
     lora_rank: int = 16  # r: width of the low-rank update
     lora_alpha: int = 32  # network alpha: the update is scaled by alpha / rank
     mixed_precision: str = "fp16"  # "fp16", "bf16" or "no"; LoRA weights are float32 under each
-    gradient_checkpointing: str = "auto"  # "on", "off", or "auto": only if free memory asks for it (costs a third)
+    gradient_checkpointing: str = "auto"  # "on", "off", or "auto": only as far as memory asks for it
     use_xformers: bool = False  # attention by xformers, if it is installed; else PyTorch's own fused kernel
 
     weighting: str = "sampling"  # rare captions: "sampling" draws them more often, "loss" weighs them more; "off"
@@ -70,7 +71,7 @@ class TrainingConfig:
         "Manga face with spiky hair, confident expression, bold lineart, high contrast",
     )
     samples_per_prompt: int = 2  # seeds per prompt
-    sample_every_n_epochs: int = 5  # pictures before step 1 and every n epochs; 0 = off
+    sample_every_n_epochs: int = 5  # pictures every n epochs, and the base's; 0 = off
     sample_steps: int = 25  # denoising steps per picture (DPM-Solver++)
     guidance_scale: float = 7.5  # of the pictures; 1 = none
     save_every_n_epochs: int = 1  # checkpoints; 0 = only at the end and when interrupted
@@ -93,8 +94,6 @@ DEMO = {  # what --demo changes; other flags apply on top
     "resolution": 64,
     "sample_every_n_epochs": 10,
     "learning_rate": 5e-4,  # the tiny base needs ten times SD1.5's rate
-    "train_batch_size": 8,  # the same step as 2 x 4, in fewer passes
-    "gradient_accumulation_steps": 1,
     "sample_prompts": (  # words that the demo's base knows; none names a colour
         "A detailed manga face portrait of a young woman with long wavy hair, large round eyes, gentle smile",
         "A manga face portrait of a girl with twin bun hair, winking eye, big open smile, flowers in the hair",
@@ -112,7 +111,6 @@ MAY_CHANGE_ON_RESUME = {
     "cache_dir", "dry_run", "overwrite",
 }
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # the former was deleted
-ACTIVATION_GIB = 0.8  # one image in the UNet's backward pass without checkpointing, 512 px, 2 bytes a number
 MAX_BAD_STEPS = 20  # this many non-finite steps in a row are a divergence, not a loss scale that is still settling
 
 
@@ -221,9 +219,12 @@ from checkpoint import (
     write_metrics, write_whole,
 )
 from dataset import EncodedDataset, InputError, MangaFaceDataset, encode_faces, encode_texts, folder_identity
-from denoising import accumulate_gradients, draw_window, sum_over_processes, validate
+from denoising import (
+    MemoryPlan, accumulate_gradients, choose_plan, draw_window, is_out_of_memory, memory_plans, read_later,
+    sum_over_processes, validate,
+)
 from lora_layers import (
-    GradientPenalty, LoRASelfCheckError, inject_lora, lora_modules, lora_parameters, save_lora_weights,
+    GradientPenalty, LoRASelfCheckError, flatten_lora, fuse_lora, inject_lora, lora_modules, save_lora_weights,
 )
 
 # Schedules and the step -----------------------------------------------------------------------------------------
@@ -244,17 +245,30 @@ def weight_decay_at(epoch: int, config: TrainingConfig) -> float:
 
 
 @torch.no_grad()
-def apply_decay(parameters, log_decay: float) -> float:
+def apply_decay(weights: torch.Tensor, log_decay: float) -> float:
     """Multiply the weights by exp(log_decay); returns the part of log_decay that rounding to float32 left undone.
 
     One step's factor 1 - 5e-9 is 1 in float32, and even an epoch's product is near its resolution of 6e-8. So the
     epoch's logarithms are summed, applied in float64, and what the rounded weights fell short of is carried on.
     """
-    before = torch.cat([parameter.flatten() for parameter in parameters]).cpu().double()
-    after = (before * math.exp(log_decay)).to(parameters[0].dtype)
-    for parameter, values in zip(parameters, after.split([p.numel() for p in parameters]), strict=True):
-        parameter.copy_(values.view_as(parameter))
-    return log_decay - math.log((before @ after.double() / (before @ before)).item())
+    before = weights.cpu().double()
+    weights.copy_(before * math.exp(log_decay))
+    return log_decay - math.log((before @ weights.cpu().double() / (before @ before)).item())
+
+
+def clip_and_step(optimizer, scaler, weights: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
+    """Clip the gradient's norm and step, unless the gradient isn't finite. Returns whether it was.
+
+    All on the device: nothing waits for the answer. A gradient that isn't finite becomes NaN throughout, upon which
+    the scaler lets the optimizer leave weights and moments as they are, and halves its scale.
+    """
+    norm = torch.linalg.vector_norm(weights.grad) / scaler.scale(torch.ones((), device=weights.device))
+    finite = norm.isfinite()
+    factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if max_grad_norm else torch.ones_like(norm)
+    weights.grad.mul_(torch.where(finite, factor, math.nan))
+    scaler.step(optimizer)
+    scaler.update()
+    return finite
 
 
 # The run around the loop -----------------------------------------------------------------------------------------
@@ -286,13 +300,24 @@ class StopSignal(contextlib.ContextDecorator):
 stop_signal = StopSignal()
 
 
-def wants_checkpointing(config: TrainingConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether to recompute activations in the backward pass: a third more work for about half the memory."""
-    if config.gradient_checkpointing != "auto":
-        return config.gradient_checkpointing == "on"
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    needed = ACTIVATION_GIB * 2**30 * config.train_batch_size * (config.resolution / 512) ** 2 * dtype.itemsize / 2
-    return free < 1.25 * needed
+def tune_for(device: torch.device) -> None:
+    """Settings of the process that make the same arithmetic faster."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes never change, so trying all convolution kernels once pays
+    elif sys.platform == "linux":
+        # glibc returns large blocks to the kernel, which clears them anew for every operation: 5 % of an SD1.5 step.
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def free_bytes(device: torch.device, processes: int) -> float:
+    """What a process may still take: of its GPU, its own cache included, or its part of the machine's memory."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available / processes
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def done(state: dict, config: TrainingConfig) -> bool:
@@ -336,20 +361,6 @@ def check_gradients_flow(unet) -> None:
         raise Stop(4, f"{len(dead)} LoRA modules get no gradient, the first is {dead[0]}: a bug, please report it")
 
 
-def clip_and_step(optimizer, scaler, parameters, max_grad_norm: float) -> bool:
-    """Clip the gradient's norm and step, unless the gradient isn't finite. Returns whether it stepped.
-
-    Under fp16 the scaler then halves its scale; without a scaler the weights simply stay as they are.
-    """
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        scaler.step(optimizer)
-    scaler.update()
-    return finite
-
-
 def tell(summary: dict, state: dict, config: TrainingConfig, output: Path, say) -> None:
     """The last lines on the screen: what came of it, and where it is."""
     if summary["stopped_epoch"]:
@@ -366,7 +377,7 @@ def tell(summary: dict, state: dict, config: TrainingConfig, output: Path, say) 
         say(f"Now look at {output / 'before_after.png'}")
 
 
-def export(unet, best, config: TrainingConfig, dataset, state: dict) -> Path:
+def export(unet, weights, best, config: TrainingConfig, dataset, state: dict) -> Path:
     """Write the best epoch's weights, and the last's to last/; each file is read back and compared before it counts."""
     output = Path(config.output_dir)
     metadata = {
@@ -379,12 +390,9 @@ def export(unet, best, config: TrainingConfig, dataset, state: dict) -> Path:
         "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
         "ss_max_grad_norm": config.max_grad_norm, "ss_caption_dropout_rate": config.caption_dropout,
     }
-    for folder, weights, epoch in ((output / "last", None, state["epochs"]), (output, best, state["best_epoch"])):
+    for folder, values, epoch in ((output / "last", weights, state["epochs"]), (output, best, state["best_epoch"])):
         folder.mkdir(exist_ok=True)
-        if weights:
-            with torch.no_grad():
-                for parameter, value in zip(lora_parameters(unet), weights, strict=True):
-                    parameter.copy_(value)
+        weights.data.copy_(values)  # seen by every layer of the UNet
         for suffix in (".bin", ".safetensors"):
             path = folder / f"pytorch_lora_weights{suffix}"
             save_lora_weights(unet, path, torch.float16, metadata | {"ss_epoch": epoch})
@@ -404,6 +412,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     device, is_main = accelerator.device, accelerator.is_main_process
     say = tqdm.write if is_main else lambda text: None
     process = (accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    tune_for(device)
 
     # What was asked for, and what this machine can do.
     if config.pretrained_model in MIRRORS:
@@ -466,32 +475,31 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         inject_lora(unet, config.lora_rank, config.lora_alpha, use_xformers)
     except ImportError as error:  # xformers is there, but doesn't fit this torch
         raise Stop(2, str(error)) from None
-    checkpointing = wants_checkpointing(config, device, dtype)
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
+    fuse_lora(unet)
+    weights = flatten_lora(unet)
     unet.train()
-    parameters = lora_parameters(unet)
-    trainable, everything = (sum(p.numel() for p in some) for some in (parameters, unet.parameters()))
-    say(f"LoRA: rank {config.lora_rank}, alpha {config.lora_alpha}, {len(lora_modules(unet))} modules, {trainable:,} "
-        f"trainable parameters, {trainable / everything:.2%} of the UNet's")
-    say(f"Device {device}, precision {precision}, gradient checkpointing {'on' if checkpointing else 'off'}")
+    everything = sum(p.numel() for p in unet.parameters())
+    say(f"LoRA: rank {config.lora_rank}, alpha {config.lora_alpha}, {len(lora_modules(unet))} modules, "
+        f"{len(weights):,} trainable parameters, {len(weights) / everything:.2%} of the UNet's")
 
     # Optimizer, loss scale, penalty. AdamW's own decay is off: apply_decay() does it exactly.
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    optimizer = torch.optim.AdamW([weights], lr=config.learning_rate, weight_decay=0.0, fused=True)
+    scale = {"init_scale": 2.0**16} if precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**30}
+    scaler = torch.amp.GradScaler(device.type, **scale)  # at scale 1 it only keeps bad steps from the weights
     penalty_of = GradientPenalty(config.penalty_factor)
-    best = [parameter.detach().clone() for parameter in parameters]
+    best = weights.detach().clone()
     state = {
         "step": 0, "optimizer_steps": 0, "images_seen": 0, "bad_steps": 0, "skipped_steps": 0, "train_seconds": 0.0,
         "epochs": 0, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": 0.0, "total_log_decay": 0.0,
         "val_loss_start": None, "val_loss_best": None, "best_epoch": 0, "epochs_without_improvement": 0,
+        "plan": None,
     }
 
     # Resume where a checkpoint says, or start in an empty folder.
     if action == "resume":
         with accelerator.main_process_first():  # it moves damaged checkpoints aside
             tensors, state, problems = load_newest_checkpoint(output / "checkpoints")
-        restore(tensors, parameters, best, optimizer, state["optimizer_steps"])
+        restore(tensors, weights, best, optimizer, state["optimizer_steps"])
         scaler.load_state_dict(state["scaler"])
         if config.num_train_epochs < state["epochs"] or (
             config.num_train_epochs == state["epochs"] and state["epoch_images"]
@@ -506,15 +514,25 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             say(f"No better validation loss in {state['epochs_without_improvement']} epochs, so nothing is left to do; "
                 "a larger early_stopping_patience (or 0, none) goes on")
     resumed_from_step = state["step"]
+
+    # How many images pass at once, and whether activations are kept, follows from the free memory. Not from its
+    # rounding, though: a resumed run keeps the plan.
+    images = config.train_batch_size * config.gradient_accumulation_steps
+    shapes = encoded.latent_mean.shape[1:], encoded.text_embeddings.shape[1:]
+    plans = memory_plans(unet, *shapes, images, config.gradient_checkpointing)
+    free = -accelerator.gather(torch.tensor([-free_bytes(device, accelerator.num_processes)], device=device)).max()
+    plan = MemoryPlan(**state["plan"]) if state["plan"] else choose_plan(plans, free.item())
+    plan.apply(unet)
+    say(f"Device {device}, precision {precision}. Memory: {plan}, {free.item() / 2**30:.1f} GiB are free")
     if is_main:
         run |= {"base": str(base.resolve()), "torch": torch.__version__, "device": str(device)}
         start_folder(output, run, resumed_from_step, action)
     tensorboard = open_tensorboard(output / "tensorboard", resumed_from_step) if is_main else None
 
     def save() -> None:
-        state["total_steps"], state["scaler"] = total_steps, scaler.state_dict()
+        state["total_steps"], state["scaler"], state["plan"] = total_steps, scaler.state_dict(), vars(plan)
         if is_main:
-            tensors = gather(parameters, best, optimizer)
+            tensors = gather(weights, best, optimizer)
             save_checkpoint(output / "checkpoints", state["step"], tensors, state, config.keep_checkpoints)
         accelerator.wait_for_everyone()
 
@@ -530,53 +548,54 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         wanted = config.sample_prompts and config.sample_every_n_epochs
         if is_main and wanted and epoch % config.sample_every_n_epochs == 0:
             free_memory(device)
-            vae = load_vae(base, device)
-            sheet = evaluate_lora.sample_sheet(unet, vae, scheduler, prompts, vars(config), f"epoch {epoch}")
-            sheet.save(output / "samples" / f"epoch-{epoch:03d}.png")
+            vae, trained = load_vae(base, device), weights.detach().clone()
+            for number in (0, epoch):  # once, what the base draws: its LoRA is zero
+                file = output / "samples" / f"epoch-{number:03d}.png"
+                if number == epoch or not file.is_file():
+                    weights.data.copy_(trained if number else torch.zeros_like(trained))
+                    title = f"epoch {number}"
+                    evaluate_lora.sample_sheet(unet, vae, scheduler, prompts, vars(config), title).save(file)
+            weights.data.copy_(trained)
             del vae
             free_memory(device)
 
-    # Before step 1: what the base draws, and how well it predicts the held-out faces.
-    if state["step"] == 0:
-        sample(0)
-        if dataset.validation:
-            state["val_loss_start"] = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
-            say(f"Validation loss before training: {state['val_loss_start']:.4f}")
+    # Before step 1: how well the base predicts the held-out faces.
+    if state["step"] == 0 and dataset.validation:
+        state["val_loss_start"] = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
+        say(f"Validation loss before training: {state['val_loss_start']:.4f}")
 
-    bar = tqdm(desc="Training", total=total_steps, initial=state["step"], unit="step", disable=not is_main)
-    first_step_seconds = None
-    stop_signal.training = True
-    while not done(state, config):
-        # Every epoch has its weight decay and its drawing order.
-        epoch = state["epochs"]
-        weight_decay = weight_decay_at(epoch, config)
-        say(f"Epoch {epoch + 1}: Using weight decay {weight_decay:.1e}")
-        order = dataset.epoch_order(epoch)
+    def first_gradients(*arguments) -> torch.Tensor:
+        """Step 1 shows whether the plan was right: when memory runs out, on any process, all take a smaller plan."""
+        nonlocal plan
+        while True:
+            failed = torch.zeros((), device=device)
+            try:
+                w_loss = accumulate_gradients(*arguments, plan.micro_batch, scaler)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed += 1
+            sum_over_processes(failed)
+            if not failed.item():
+                return w_loss
+            smaller = [other for other in plans if other.needed < 0.9 * plan.needed]
+            if not smaller:
+                raise Stop(3, f"out of memory, even with {plan}: free some, or lower resolution or lora_rank")
+            say(f"Out of memory with {plan}.")
+            plan = smaller[0]
+            plan.apply(unet)
+            say(f"Trying again with {plan}")
+            weights.grad.zero_()
+            free_memory(device)
 
-        for start in range((state["step"] - epoch * steps_per_epoch) * effective_batch, len(order), effective_batch):
-            # Draw the window of this step; this process takes its share of the rows.
-            step_start, lr = time.perf_counter(), learning_rate_at(state["step"], total_steps, config)
-            positions = order[start : start + effective_batch]
-            window = draw_window(dataset, positions, config.seed, state["step"], encoded.latent_mean.shape[1:],
-                                 scheduler.config.num_train_timesteps, config.caption_dropout)
-            rows = torch.arange(accelerator.process_index, len(window), accelerator.num_processes)
-
-            # The gradient of the denoising loss, summed over processes, and that of the penalty, added once.
-            optimizer.zero_grad()
-            w_loss = accumulate_gradients(unet, scheduler, encoded, window, rows, config.train_batch_size, scaler)
-            w_loss, interrupted = sum_over_processes(parameters, w_loss, stop_signal.number)
-            if state["step"] == 0:
-                check_gradients_flow(unet)
-            penalty = penalty_of(unet)
-            if config.penalty_factor:
-                scaler.scale(penalty).backward()
-            penalty = penalty.item()
-            loss = w_loss + penalty
-
-            # Clip and step; a step that isn't finite changes nothing but the loss scale.
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if clip_and_step(optimizer, scaler, parameters, config.max_grad_norm):
+    def settle(waiting: int) -> None:
+        """Book the launched steps, all but the last `waiting`, as soon as their results have left the device."""
+        nonlocal row, clock, first_step_seconds, interrupted
+        while len(launched) > waiting:
+            number, lr, window, results = launched.pop(0)
+            w_loss, penalty, finite, signal_number = results()
+            loss, interrupted = w_loss + penalty, interrupted or signal_number > 0
+            if finite:
                 state["epoch_loss"] += loss * len(window)
                 state["epoch_images"] += len(window)
                 state["log_decay"] += math.log1p(-lr * weight_decay)
@@ -585,29 +604,68 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             else:
                 state["bad_steps"] += 1
                 state["skipped_steps"] += 1
-                if state["bad_steps"] > (MAX_BAD_STEPS if scaler.is_enabled() else 0):
+                if state["bad_steps"] > (MAX_BAD_STEPS if precision == "fp16" else 0):
                     names = ", ".join(dataset.samples[face].name for face in window.faces.tolist())
-                    raise Stop(4, f"step {state['step'] + 1}: the gradient is not finite (images {names}). Nothing was "
+                    raise Stop(4, f"step {number}: the gradient is not finite (images {names}). Nothing was "
                                   "exported, the last checkpoint stands: lower learning_rate or look at these images")
-
-            # Count and report.
-            seconds = time.perf_counter() - step_start
-            state["step"] += 1
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
             state["images_seen"] += len(window)
             state["train_seconds"] += seconds
             first_step_seconds = first_step_seconds or time.time() - started
             images_per_s = round(len(window) / seconds, 2)
-            row = [epoch + 1, state["step"], loss, w_loss, penalty, "", lr, weight_decay, images_per_s]
+            row = [epoch + 1, number, loss, w_loss, penalty, "", lr, weight_decay, images_per_s]
             bar.set_postfix_str(f"loss: {loss:.4f}, w_loss: {w_loss:.4f}, penalty: {penalty:.4f}", refresh=False)
             bar.update()
-            if state["step"] % steps_per_epoch:
-                if is_main:
-                    write_metrics(output, row, tensorboard)
-                if interrupted:
-                    save_and_stop()
+            if is_main and number % steps_per_epoch:  # an epoch's last row waits for the validation loss
+                write_metrics(output, row, tensorboard)
+
+    bar = tqdm(desc="Training", total=total_steps, initial=state["step"], unit="step", disable=not is_main)
+    first_step_seconds, interrupted, launched, row = None, False, [], None
+    stop_signal.training = True
+    while not done(state, config):
+        # Every epoch has its weight decay and its drawing order.
+        epoch = state["epochs"]
+        weight_decay = weight_decay_at(epoch, config)
+        say(f"Epoch {epoch + 1}: Using weight decay {weight_decay:.1e}")
+        order = dataset.epoch_order(epoch)
+        clock = time.perf_counter()
+
+        for start in range((state["step"] - epoch * steps_per_epoch) * effective_batch, len(order), effective_batch):
+            # Draw the window of this step; this process takes its share of the rows.
+            lr = learning_rate_at(state["step"], total_steps, config)
+            positions = order[start : start + effective_batch]
+            window = draw_window(dataset, positions, config.seed, state["step"], encoded.latent_mean.shape[1:],
+                                 scheduler.config.num_train_timesteps, config.caption_dropout)
+            rows = torch.arange(accelerator.process_index, len(window), accelerator.num_processes)
+
+            # The gradient of the denoising loss, summed over processes, and that of the penalty, added once.
+            weights.grad.zero_()
+            if state["step"] == resumed_from_step:
+                w_loss = first_gradients(unet, scheduler, encoded, window, rows)
+            else:
+                w_loss = accumulate_gradients(unet, scheduler, encoded, window, rows, plan.micro_batch, scaler)
+            signal_number = torch.full_like(w_loss, stop_signal.number)
+            sum_over_processes(weights.grad, w_loss, signal_number)
+            if state["step"] == 0:
+                check_gradients_flow(unet)
+            penalty = penalty_of(weights)
+            if config.penalty_factor:
+                scaler.scale(penalty).backward()
+
+            # Clip and step. What came of it is read while the next step is under way: a GPU never waits for that.
+            optimizer.param_groups[0]["lr"] = lr
+            finite = clip_and_step(optimizer, scaler, weights, config.max_grad_norm)
+            results = read_later(torch.stack([w_loss, penalty.detach(), finite.to(w_loss), signal_number]))
+            state["step"] += 1
+            launched.append((state["step"], lr, window, results))
+            last = state["step"] % steps_per_epoch == 0
+            settle(0 if last or (stop_signal.number and accelerator.num_processes == 1) else 1)
+            if interrupted and not last:
+                settle(0)
+                save_and_stop()
 
         # The epoch's end: decay, validate, keep the best, sample, save.
-        left = apply_decay(parameters, state["log_decay"])
+        left = apply_decay(weights.data, state["log_decay"])
         state["total_log_decay"] += state["log_decay"] - left
         say(f"Epoch {epoch + 1}: Average Loss: {state['epoch_loss'] / max(1, state['epoch_images']):.4f}")
         state |= {"epochs": epoch + 1, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": left}
@@ -621,7 +679,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             say(f"Epoch {epoch + 1}: Validation Loss: {val_loss:.4f}{' (best so far)' if better else ''}")
         if better:
             state |= {"best_epoch": epoch + 1, "val_loss_best": val_loss}
-            torch._foreach_copy_(best, [parameter.detach() for parameter in parameters])
+            best.copy_(weights.detach())
         state["epochs_without_improvement"] = 0 if better else state["epochs_without_improvement"] + 1
         if is_main:
             write_metrics(output, row, tensorboard)
@@ -640,7 +698,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     peak_mib = peak_memory_mib(device)
     summary = {}
     if is_main:
-        lora_file = export(unet, best, config, dataset, state)
+        lora_file = export(unet, weights, best, config, dataset, state)
         unet.to("cpu")
         free_memory(device)
         colours = {"base": None, "lora": None}
@@ -680,10 +738,8 @@ if __name__ == "__main__":
     except LoRASelfCheckError as error:
         end(Stop(4, f"the exported file failed its check and was not kept: {error}"))
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so are bugs
-        words = str(error).lower()
-        if not (isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words):
+        if not is_out_of_memory(error):
             raise
-        end(Stop(3, f"out of memory at train_batch_size={CONFIG.train_batch_size}: halve it and double "
-                    "gradient_accumulation_steps (the same step), set gradient_checkpointing=on, or lower resolution"))
+        end(Stop(3, "out of memory: let other programs free some, set gradient_checkpointing=on, or lower resolution"))
     except OSError as error:
         end(Stop(3, f"{error.strerror or error}: {error.filename or CONFIG.output_dir}; what was saved stays whole"))

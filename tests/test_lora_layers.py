@@ -20,6 +20,8 @@ from lora_layers import (
     LoRAAttnProcessor,
     LoRALinearLayer,
     LoRASelfCheckError,
+    flatten_lora,
+    fuse_lora,
     inject_lora,
     load_lora_weights,
     lora_modules,
@@ -318,6 +320,137 @@ def test_processor_does_with_every_option_what_diffusers_does(
     attn.set_processor(AttnProcessor2_0())
     torch.testing.assert_close(adapted, attn(x, **inputs), rtol=1e-4, atol=1e-4)
     assert (adapted - expected).abs().max() > 0.1
+
+
+# the fused projections
+
+
+def gradients_of(unet, batch, scale=1024.0):
+    """The loss is scaled, for fp16 has no numbers small enough for its gradients."""
+    for weight in lora_parameters(unet):
+        weight.grad = None
+    latents, timesteps, text = batch
+    sample = unet(latents.to(unet.dtype), timesteps, text.to(unet.dtype)).sample
+    (scale * sample.to(torch.promote_types(sample.dtype, torch.float32)).square().mean()).backward()
+    return [weight.grad for weight in lora_parameters(unet)]
+
+
+@pytest.mark.parametrize(
+    "dtype, least",
+    [(torch.float64, 1 - 1e-14), (torch.float32, 0.999999), (torch.float16, 0.999), (torch.bfloat16, 0.99)],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fused_projections_give_the_gradients_of_the_plain_ones_in_every_module(
+    pristine_unet, batch, dtype, least, checkpointing
+):
+    """Cosine to the plain float32 path (to the plain float64 path in float64), module by module."""
+    precise = torch.promote_types(dtype, torch.float32)
+    unet = with_lora(pristine_unet, size=0.05)
+    unet.train()
+    expected = gradients_of(unet.to(precise), batch)
+    names = list(lora_modules(unet))
+    for weight, values in zip(lora_parameters(with_lora(pristine_unet, size=0.05)), lora_parameters(unet), strict=True):
+        assert torch.equal(weight.to(precise), values)
+    fused = with_lora(pristine_unet, size=0.05)
+    fused.to(dtype)
+    if dtype != torch.float64:
+        for processor in fused.attn_processors.values():  # the LoRA stays in float32
+            processor.float()
+        for weight, values in zip(lora_parameters(fused), lora_parameters(unet), strict=True):
+            weight.data.copy_(values)
+    fuse_lora(fused)
+    if checkpointing:
+        fused.enable_gradient_checkpointing()
+    fused.train()
+    gradients = gradients_of(fused, batch)
+    assert {gradient.dtype for gradient in gradients} == {precise}
+    for number, (a, b) in enumerate(zip(expected, gradients, strict=True)):
+        cosine = torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
+        assert cosine >= least, (names[number // 2], cosine)
+        assert b.norm() == pytest.approx(a.norm().item(), rel=0.2 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_fused_projections_take_far_fewer_operations(pristine_unet, batch):
+    from torch.profiler import profile
+
+    counts = []
+    for fused in (False, True):
+        unet = with_lora(pristine_unet)
+        if fused:
+            fuse_lora(unet)
+        with profile() as profiled:
+            gradients_of(unet, batch)
+        products = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+        counts.append(sum(event.count for event in profiled.key_averages() if event.key in products))
+    assert counts[1] < 0.7 * counts[0], counts
+
+
+def test_fused_weights_are_those_of_the_moment_also_in_a_copy(pristine_unet, batch):
+    unet = with_lora(pristine_unet)
+    fuse_lora(unet)
+    twin = copy.deepcopy(unet)
+    for model, seed in ((unet, 7), (twin, 8)):
+        randomise(model, seed)
+        torch.testing.assert_close(output(model, batch), output(with_lora(pristine_unet, seed=seed), batch))
+    assert (output(unet, batch) - output(twin, batch)).abs().max() > 0.01
+
+
+def test_fused_unet_falls_back_where_its_operands_do_not_fit(pristine_unet, batch):
+    """After unet.to(...), under autocast, or if a self-attention is given a text."""
+    latents, timesteps, text = batch
+    for change in (lambda unet: unet.double(), lambda unet: unet):
+        plain, fused = with_lora(pristine_unet), with_lora(pristine_unet)
+        fuse_lora(fused)
+        change(plain), change(fused)
+        given = (latents.to(plain.dtype), timesteps, text.to(plain.dtype))
+        torch.testing.assert_close(output(fused, given), output(plain, given))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(output(fused, batch), output(plain, batch))
+    attn = plain.mid_block.attentions[0].transformer_blocks[0].attn1
+    twin = fused.mid_block.attentions[0].transformer_blocks[0].attn1
+    x, states = torch.randn(1, 4, 24), torch.randn(1, 6, 24)
+    assert torch.equal(attn(x, encoder_hidden_states=states), twin(x, encoder_hidden_states=states))
+
+
+def test_fusing_merging_and_saving_go_together(pristine_unet, batch, tmp_path):
+    plain, fused = with_lora(pristine_unet), with_lora(pristine_unet)
+    before = base_weights(fused)
+    fuse_lora(fused)
+    assert_same_tensors(base_weights(fused), before)
+    expected = output(plain, batch)
+    paths = [save_lora_weights(unet, tmp_path / f"{i}.safetensors") for i, unet in enumerate((plain, fused))]
+    assert_same_tensors(*(safetensors.torch.load_file(path) for path in paths))
+    merge_lora(fused)
+    torch.testing.assert_close(output(fused, batch), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="merged"):
+        fuse_lora(fused)
+    unmerge_lora(fused)
+    assert_same_tensors(base_weights(fused), before)
+    torch.testing.assert_close(output(fused, batch), expected)
+
+
+def test_a_weight_changed_between_forward_and_backward_is_an_error_not_a_wrong_gradient(pristine_unet, batch):
+    unet = with_lora(pristine_unet)
+    fuse_lora(unet)
+    loss = unet(*batch).sample.square().mean()
+    randomise(unet, seed=9)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_flat_weights_are_the_layers_own_memory(pristine_unet, batch):
+    unet, reference = with_lora(pristine_unet), with_lora(pristine_unet)
+    flat = flatten_lora(unet)
+    assert flat.shape == (sum(p.numel() for p in lora_parameters(reference)),)
+    unet(*batch).sample.square().mean().backward()
+    expected = torch.cat([gradient.flatten() for gradient in gradients_of(reference, batch, scale=1.0)])
+    assert torch.equal(flat.grad, expected)
+    GradientPenalty(0.5)(flat).backward()
+    torch.testing.assert_close(flat.grad, expected + flat.detach())
+    assert GradientPenalty(0.5)(flat).item() == pytest.approx(GradientPenalty(0.5)(unet).item(), rel=1e-6)
+    with torch.no_grad():
+        flat.fill_(0.25)
+    assert all((weight == 0.25).all() for weight in lora_parameters(unet))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -21,7 +21,7 @@ import evaluate_lora
 import train_manga_lora as trainer
 from base_model import load_unet
 from dataset import EncodedDataset, InputError, MangaFaceDataset
-from lora_layers import inject_lora, lora_modules, lora_parameters
+from lora_layers import flatten_lora, fuse_lora, inject_lora, lora_modules, lora_parameters
 
 CPU = torch.device("cpu")
 LATENT_SHAPE = (4, 16, 16)
@@ -150,6 +150,100 @@ def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(tin
     assert min(cosines) >= (0.999 if dtype == torch.float16 else 0.99), min(cosines)
 
 
+def test_a_hundred_steps_of_the_fused_path_follow_the_plain_ones_within_the_noise_of_the_seed(tiny_base, shared_faces):
+    """Flat, fused AdamW on fused projections, against torch's AdamW on 256 tensors and one projection at a time."""
+    dataset = MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64, num_workers=0)
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.randn(len(dataset.samples), *LATENT_SHAPE, generator=generator)
+    encoded = EncodedDataset(mean, mean * 0.1, torch.randn(len(dataset.texts), 77, 16, generator=generator))
+
+    def losses(fused):
+        unet, scheduler = load_unet(tiny_base, CPU, torch.float32)
+        torch.manual_seed(0)
+        inject_lora(unet, 4, 8)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        if fused:
+            fuse_lora(unet)
+            weights = flatten_lora(unet)
+            optimizer = torch.optim.AdamW([weights], lr=2e-3, fused=True)
+        else:
+            weights = lora_parameters(unet)
+            optimizer = torch.optim.AdamW(weights, lr=2e-3, foreach=False)
+        curve = []
+        for step in range(100):
+            optimizer.zero_grad(set_to_none=False)
+            window = denoising.draw_window(dataset, [step % 4, 5], 0, step, LATENT_SHAPE, 1000, 0.1)
+            rows = torch.arange(2)
+            curve.append(denoising.accumulate_gradients(unet, scheduler, encoded, window, rows, 2, scaler).item())
+            if fused:
+                trainer.clip_and_step(optimizer, scaler, weights, 1.0)
+            else:
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+        return np.array(curve)
+
+    plain, fused = losses(False), losses(True)
+    assert plain[-20:].mean() < plain[:20].mean() - 0.01  # it learns
+    apart, noise = np.abs(plain - fused).mean(), np.diff(plain).std()  # another seed draws other noise and timesteps
+    assert apart < 0.01 * noise, (apart, noise)
+
+
+def live_bytes(unet, shapes, images):
+    """The most memory that forward and backward of `images` hold at a time, by watching every tensor's birth and death.
+
+    Independent of the hooks that memory_plans counts with.
+    """
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    known = {tensor.untyped_storage()._cdata for tensor in (*unet.parameters(), *unet.buffers())}
+    alive, most = {}, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal most
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    if storage._cdata not in known and storage._cdata not in alive:
+                        alive[storage._cdata] = storage.nbytes()
+                        weakref.finalize(storage, alive.pop, storage._cdata, None)
+            most = max(most, sum(alive.values()))
+            return result
+
+    latents, text = (torch.randn(images, *shape) for shape in shapes)
+    with Watch():
+        unet(latents, torch.zeros(images, dtype=torch.long), text)[0].square().mean().backward()
+    return most
+
+
+def test_memory_plans_count_what_a_backward_pass_really_holds(tiny_base):
+    unet, _ = load_unet(tiny_base, CPU, torch.float32)
+    inject_lora(unet, 4, 8)
+    fuse_lora(unet)
+    shapes = (4, 32, 32), (77, 16)
+    plans = denoising.memory_plans(unet, *shapes, 4, "auto")
+    assert [(plan.recompute, plan.micro_batch) for plan in plans] == [
+        (tier, images) for tier in ("nothing", "largest", "all") for images in (4, 2, 1)
+    ]
+    for plan in plans:
+        plan.apply(unet)
+        measured = live_bytes(unet, shapes, plan.micro_batch)
+        assert 0.7 * measured <= plan.needed / denoising.RESERVE <= 1.1 * measured, (plan, measured)
+        assert measured <= plan.needed, (plan, measured)
+    of_four = [plan.needed for plan in plans if plan.micro_batch == 4]
+    assert of_four[0] > 1.3 * of_four[1] > 1.3 * of_four[2]
+
+
+def test_the_first_plan_that_fits_is_chosen():
+    plans = [denoising.MemoryPlan(n, tier, size) for n, tier, size in ((8, "nothing", 80), (4, "nothing", 40),
+             (8, "all", 24), (4, "all", 12))]  # fmt: skip
+    choices = {100: plans[0], 80: plans[0], 79: plans[1], 39: plans[2], 20: plans[3], 1: plans[3]}
+    assert {free: denoising.choose_plan(plans, free) for free in choices} == choices
+
+
 def half_of_the_step(rank, folder, base, faces):
     """One of two processes: its half of the window, then the sum over both."""
     torch.set_num_threads(1)
@@ -162,8 +256,8 @@ def half_of_the_step(rank, folder, base, faces):
     precise = (unet, scheduler, dataset, EncodedDataset(*state["encoded"]), trainer.TrainingConfig(weighting="loss"))
     rows = torch.arange(rank, 5, 2)  # 5 images: the processes' shares differ
     loss, _, window = gradient_of_step(precise, rows, 2, count=5)
-    loss = denoising.sum_over_processes(lora_parameters(unet), loss)[0]
     gradients = [parameter.grad for parameter in lora_parameters(unet)]
+    denoising.sum_over_processes(loss, *gradients)
     torch.save({"images": window.faces[rows], "loss": loss, "gradients": gradients}, f"{folder}/result{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -210,28 +304,37 @@ def test_timesteps_are_stratified_and_captions_come_from_the_face(precise):
 
 
 def test_clipping_bounds_the_norm_of_the_gradient():
-    parameters = [torch.nn.Parameter(torch.ones(10)), torch.nn.Parameter(torch.ones(5, 5))]
-    optimizer, scaler = torch.optim.SGD(parameters, lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
+    weights = torch.nn.Parameter(torch.ones(35))
+    optimizer, scaler = torch.optim.SGD([weights], lr=1.0), torch.amp.GradScaler("cpu", init_scale=1.0)
     for limit, expected in ((1.0, 1.0), (0.25, 0.25), (0.0, 70.0), (1000.0, 70.0)):
-        before = [parameter.detach().clone() for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = torch.full_like(parameter, 70.0 / math.sqrt(35))
-        assert trainer.clip_and_step(optimizer, scaler, parameters, limit)
-        moved = torch.cat([(p - b).flatten() for p, b in zip(parameters, before, strict=True)]).norm().item()
-        assert moved == pytest.approx(expected, rel=1e-4), limit
+        before = weights.detach().clone()
+        weights.grad = torch.full_like(weights, 70.0 / math.sqrt(35))
+        assert trainer.clip_and_step(optimizer, scaler, weights, limit)
+        assert (weights - before).norm().item() == pytest.approx(expected, rel=1e-4), limit
 
 
-def test_the_fp16_scaler_skips_an_injected_inf_and_halves_its_scale():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer, scaler = torch.optim.AdamW([parameter], lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(parameter.sum()).backward()
-    parameter.grad[1] = math.inf
-    assert not trainer.clip_and_step(optimizer, scaler, [parameter], 1.0)
-    assert torch.equal(parameter, torch.ones(3)) and scaler.get_scale() == 512.0 and not optimizer.state
-    optimizer.zero_grad()
-    scaler.scale(parameter.sum()).backward()
-    assert trainer.clip_and_step(optimizer, scaler, [parameter], 1.0)
-    assert (parameter < 1).all()
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1e30])  # 1e30: finite, but the norm isn't
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments_and_halves_the_scale(bad, scale):
+    """Against torch's AdamW that never saw the bad step."""
+    weights, reference = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer, theirs = torch.optim.AdamW([weights], lr=0.1, fused=True), torch.optim.AdamW([reference], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for step in range(4):
+        weights.grad = reference.grad = None
+        scaler.scale((weights * torch.tensor([1.0, 0.1 * step, 2.0])).sum()).backward()
+        if step == 2:
+            weights.grad[1] = bad
+            before = weights.detach().clone()
+            assert not trainer.clip_and_step(optimizer, scaler, weights, 1.0)
+            assert torch.equal(weights, before) and scaler.get_scale() == scale / 2
+            continue
+        (reference * torch.tensor([1.0, 0.1 * step, 2.0])).sum().backward()
+        torch.nn.utils.clip_grad_norm_([reference], 1.0)
+        theirs.step()
+        assert trainer.clip_and_step(optimizer, scaler, weights, 1.0)
+    torch.testing.assert_close(weights, reference, rtol=1e-5, atol=1e-6)
+    assert optimizer.state[weights]["step"] == 3
 
 
 def test_warmup_then_cosine_equals_the_library_schedule():
@@ -262,7 +365,7 @@ def test_weight_decay_is_the_original_log_line_and_acts_exactly():
         for _ in range(10):
             by_torch.grad = torch.zeros_like(by_torch)
             optimizer.step()
-        left = trainer.apply_decay([ours], left + 10 * math.log1p(-5e-5 * 1e-4))
+        left = trainer.apply_decay(ours, left + 10 * math.log1p(-5e-5 * 1e-4))
     assert torch.equal(by_torch, start)  # float32 rounds 1 - 5e-9 to 1: torch's own decay does nothing
     factor = (ours.double() @ start.double() / (start.double() @ start.double())).item()
     assert math.log(factor) == pytest.approx(300 * math.log1p(-5e-9), rel=0.05)
@@ -345,21 +448,26 @@ def test_evaluating_the_folder_draws_the_same_pictures_again(finished, capsys):
         evaluate_lora.main(["--lora", config.cache_dir])
 
 
-def test_samples_before_step_1_are_the_base_s_own(finished, tiny_base, monkeypatch):
-    """Drawn with the LoRA injected and live, against the base's pipeline with the prompts as text."""
+def test_the_sheet_of_epoch_0_is_the_base_s_own_and_the_training_goes_on_as_if_it_had_not_been_drawn(
+    finished, tiny_base, monkeypatch
+):
+    """Drawn after epoch 1 with the LoRA at zero, against the base's pipeline with the prompts as text."""
     from diffusers import StableDiffusionPipeline
 
     config, _, _ = finished
     drawn, original = [], evaluate_lora.draw_pictures
     monkeypatch.setattr(evaluate_lora, "draw_pictures", lambda *a: drawn.append(original(*a)) or drawn[-1])
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "validate", lambda *_: pytest.fail("far enough"))
-        with pytest.raises(pytest.fail.Exception):
-            run(config, overwrite=True, output_dir=config.output_dir + "-again")
+    again = dataclasses.replace(config, output_dir=config.output_dir + "-again", learning_rate=0.02)
+    without = dataclasses.replace(again, output_dir=config.output_dir + "-without", sample_every_n_epochs=0)
+    trainer.main(again)
+    trainer.main(without)
+    assert exported(again) == exported(without)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
     prompts = [{"prompt": prompt} for prompt in config.sample_prompts]
     expected = original(pipe, prompts, 64, 2, config.guidance_scale, [config.seed])
     assert np.abs(drawn[0].astype(int) - expected).max() <= 1
+    assert np.abs(drawn[1].astype(int) - drawn[0]).max() > 1
+    assert len(os.listdir(os.path.join(again.output_dir, "samples"))) == 2
 
 
 def test_nothing_is_encoded_twice(tiny_config, monkeypatch):
@@ -384,13 +492,67 @@ def test_the_same_seed_gives_the_same_bytes_and_samples_change_nothing(tiny_conf
 def test_gradient_checkpointing_changes_no_weight(tiny_config, capsys):
     run(tiny_config, num_train_epochs=1, gradient_checkpointing="off")
     first = exported(tiny_config)
-    assert "gradient checkpointing off" in capsys.readouterr().out
+    assert "8 images per pass, nothing is computed twice" in capsys.readouterr().out
     calls, original = [], torch.utils.checkpoint.checkpoint
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **o: calls.append(1) or original(*a, **o))
         run(tiny_config, num_train_epochs=1, gradient_checkpointing="on", overwrite=True)
-    assert "gradient checkpointing on" in capsys.readouterr().out and calls
+    assert "8 images per pass, all blocks are computed twice" in capsys.readouterr().out and calls
     assert exported(tiny_config) == first
+
+
+def out_of_memory_at(monkeypatch, too_large):
+    """Passes of `too_large` images or more fail as the CPU's allocator does; the sizes tried are returned."""
+    original, tried = trainer.accumulate_gradients, []
+
+    def wrapped(*arguments):
+        tried.append(arguments[-2])
+        if arguments[-2] >= too_large:
+            original(*arguments)  # gradients that a failed attempt leaves behind must not count
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, "accumulate_gradients", wrapped)
+    return tried
+
+
+def test_out_of_memory_at_step_1_steps_down_loudly_and_changes_nothing_else(tiny_config, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "choose_plan", lambda plans, _: next(p for p in plans if p.micro_batch == 2))
+        run(tiny_config, num_train_epochs=1)
+    small = exported(tiny_config)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        tried = out_of_memory_at(patch, too_large=4)
+        run(tiny_config, num_train_epochs=1, overwrite=True)
+    assert tried[:3] == [8, 4, 2] and set(tried[3:]) == {2} and exported(tiny_config) == small
+    output = capsys.readouterr().out
+    assert "Out of memory with 8 images per pass" in output and "Trying again with 2 images per pass" in output
+
+
+def test_out_of_memory_with_the_smallest_plan_is_exit_code_3(tiny_config, monkeypatch):
+    out_of_memory_at(monkeypatch, too_large=1)
+    with pytest.raises(trainer.Stop, match="out of memory, even with 1 images") as stop:
+        run(tiny_config, num_train_epochs=1)
+    assert stop.value.exit_code == 3
+
+
+def test_a_resumed_run_keeps_its_plan_whatever_memory_is_free(tiny_config, uninterrupted, monkeypatch):
+    config = dataclasses.replace(tiny_config, train_batch_size=1)
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 3)
+        with pytest.raises(trainer.Stop):
+            run(config)
+    monkeypatch.setattr(trainer, "free_bytes", lambda *_: 1.0)
+    tried = out_of_memory_at(monkeypatch, too_large=100)
+    run(config)
+    assert set(tried) == {4} and exported(config) == uninterrupted[1]
+
+
+def test_little_free_memory_means_small_passes_and_recomputation(tiny_config, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "free_bytes", lambda *_: 1.0)
+    run(tiny_config, num_train_epochs=1)
+    assert "Memory: 1 images per pass, all blocks are computed twice" in capsys.readouterr().out
 
 
 # Interrupted, resumed, changed -----------------------------------------------------------------------------------
@@ -547,7 +709,7 @@ def test_a_loss_that_is_not_finite_stops_with_exit_code_4_and_exports_nothing(ti
 
     def poisoned(*arguments):
         calls.append(1)
-        return original(*arguments) * (math.nan if len(calls) > 20 and torch.is_grad_enabled() else 1.0)
+        return original(*arguments) * (math.nan if len(calls) > 6 and torch.is_grad_enabled() else 1.0)
 
     monkeypatch.setattr(denoising, "denoising_losses", poisoned)
     with pytest.raises(trainer.Stop, match="images image") as stop:
@@ -564,6 +726,7 @@ def test_a_module_without_gradient_stops_the_run(tiny_config, monkeypatch):
         return processors
 
     monkeypatch.setattr(trainer, "inject_lora", cut_one)
+    monkeypatch.setattr(trainer, "fuse_lora", lambda unet: None)
     with pytest.raises(trainer.Stop, match="1 LoRA modules get no gradient") as stop:
         run(tiny_config)
     assert stop.value.exit_code == 4

@@ -1,0 +1,107 @@
+"""The benchmark of training speed: real rows in real processes take turns, and its figures follow from their times."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import bench_training  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[dict, str]:
+    """The result file and the screen of a run with this trainer, a rival, and a row that can't be built."""
+    out = tmp_path_factory.mktemp("bench") / "result.json"
+    words = ["--model", "demo", "--device", "cpu", "--rows", "a,c:b3,c:b8", "--steps", "2", "--warmup", "1"]
+    run = subprocess.run(
+        [sys.executable, ROOT / "bench" / "bench_training.py", *words, "--out", out],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(out.read_text(encoding="utf-8")), run.stdout
+
+
+def test_rows_take_turns_and_really_train(measured):
+    result, _ = measured
+    ours, _, rival = result["rows"]
+    assert (ours["row"], rival["row"]) == ("a", "c:b8")
+    turns = [(start, start + seconds, row["row"]) for row in (ours, rival)
+             for start, seconds in zip(row["step_starts"], row["step_seconds"], strict=True)]
+    turns.sort()
+    assert [row for _, _, row in turns] == ["a", "c:b8", "a", "c:b8"]
+    assert all(end <= start + 1e-5 for (_, end, _), (start, _, _) in itertools.pairwise(turns))
+    for row in (ours, rival):
+        assert row["updates"] == 3  # the warm-up's one and two timed
+        assert row["weight_change"] > 1e-3
+        assert row["first_step_s"] > row["median_s"]
+        assert 100 < row["process_peak_rss_mib"] < 5000
+    assert rival["micro_batch"] == 8 and rival["checkpointing"] == "no"
+
+
+def test_figures_follow_from_the_seconds(measured):
+    result, screen = measured
+    ours, _, rival = result["rows"]
+    for row in (ours, rival):
+        assert row["p10_s"] <= row["median_s"] <= row["p90_s"]
+        assert row["median_s"] == pytest.approx(sum(row["step_seconds"]) / 2)
+        assert row["images_per_s"] == pytest.approx(8 / row["median_s"])
+        rate = row["tflop_per_step"] / row["median_s"]
+        assert row["share_of_matmul"] == pytest.approx(rate / result["matmul_tflops"])
+    assert result["ratios"] == [
+        {"row": "a", "against": "c:b8", "times_as_fast": pytest.approx(rival["median_s"] / ours["median_s"])}
+    ]
+    assert f"a is {rival['median_s'] / ours['median_s']:.2f} times as fast as c:b8" in screen
+    # Without recomputation a step does what it must, and the fused attention's own second look at the scores.
+    assert 1 <= rival["tflop_per_step"] / ours["useful_tflop_per_step"] < 1.1
+    assert {"device", "versions", "commit", "command", "date", "seed", "steps"} <= result.keys()
+    assert result["versions"].keys() == {"python", "torch", "diffusers", "transformers", "accelerate", "peft"}
+
+
+def test_a_row_that_fails_is_recorded_and_ends_no_other(measured):
+    result, screen = measured
+    failed = result["rows"][1]
+    assert failed["row"] == "c:b3" and "micro-batches of 3" in failed["error"]
+    assert "median_s" not in failed
+    assert failed["error"] in screen
+
+
+def test_a_rows_time_is_compared_with_ours_in_the_table(tmp_path):
+    def row(name: str, median: float) -> dict:
+        return {"row": name, "micro_batch": 2, "checkpointing": "no", "median_s": median, "p10_s": median,
+                "p90_s": 2 * median, "images_per_s": 8 / median, "first_step_s": 9.0, "peak_reserved_mib": 2048.0}
+
+    rows = [row(name, median) for name, median in (("a", 0.5), ("b", 1.0), ("c:b2", 0.75), ("c:b8", 0.6))]
+    rows.append({"row": "d", "skipped": "needs the package datasets"})
+    result = {"device": "Some GPU", "model": "sd15", "resolution": 512, "precision": "fp16", "steps": 100, "rows": rows,
+              "versions": {"torch": "2", "diffusers": "1"}, "date": "2026-01-01", "commit": "abc"}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result), encoding="utf-8")
+
+    table = bench_training.results_table([path])
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]}
+    assert {name: cells[name][-2] for name in ("a", "b", "c:b2", "c:b8")} == {
+        "a": "1.00", "b": "2.00", "c:b2": "1.50", "c:b8": "**1.20**"}  # fmt: skip
+    assert "500.0 (500.0 to 1000.0)" in cells["a"] and "2.00 GiB" in cells["a"]
+    assert "needs the package datasets" in cells["d"]
+    assert len({line.count("|") for line in table.splitlines()[2:]}) == 1
+
+    assert [(found["against"], found["times_as_fast"]) for found in bench_training.ratios(rows)] == [
+        ("b", 2.0), ("c:b8", pytest.approx(1.2))]
+
+
+@pytest.mark.parametrize("words", [
+    ["--rows", "a,e"], ["--rows", "c"], ["--rows", "a,a"], ["--rows", "b:b2"], ["--model", "sdxl"], ["--steps", "0"],
+    ["--resolution", "100"], ["--table", "no_such_file.json"], ["--speed"],
+])
+def test_bad_input_ends_with_one_line_and_code_2(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench_training.parse_arguments(["--device", "cpu", *words])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
