@@ -171,7 +171,14 @@ def gather(weights, best, optimizer) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def restore(tensors: dict[str, torch.Tensor], weights, best, optimizer, optimizer_steps: int) -> None:
-    """The inverse of gather(), into the live run. `optimizer_steps` is AdamW's own count, for its bias correction."""
+    """The inverse of gather(), into the live run. `optimizer_steps` is AdamW's own count, for its bias correction.
+
+    Raises:
+        CheckpointError: these are not the tensors of gather().
+    """
+    if "lora" not in tensors or tensors["lora"].shape != weights.shape:
+        raise CheckpointError("the checkpoints were written by another version of this program: go on with that one, "
+                              "or start anew with --overwrite")  # fmt: skip
     weights.copy_(tensors["lora"])
     best.copy_(tensors["best"])
     if optimizer_steps:

@@ -93,10 +93,11 @@ def accumulate_gradients(
     an epoch's last, partial window counts each image as much as the others do, and neither the micro-batch nor the
     number of processes changes the step.
     """
-    count, window = len(window), window.to(encoded.latent_mean.device)
-    total = torch.zeros((), device=encoded.latent_mean.device)
-    for part in rows.split(batch_size):
-        part = part.to(total.device)
+    device, count = encoded.latent_mean.device, len(window)
+    window = Window(*(getattr(window, field.name)[rows] for field in dataclasses.fields(window))).to(device)
+    total = torch.zeros((), device=device)
+    for start in range(0, len(window), batch_size):
+        part = slice(start, start + batch_size)
         faces = window.faces[part]
         latents = encoded.latent_mean[faces] + encoded.latent_std[faces] * window.posterior_noise[part]
         text_embeddings = encoded.text_embeddings[window.texts[part]]
@@ -154,7 +155,7 @@ def validate(unet, scheduler, dataset: MangaFaceDataset, encoded: EncodedDataset
 # Memory ----------------------------------------------------------------------------------------------------------
 
 RECOMPUTED = {  # what is not kept for the backward pass, but computed again; SD1.5's share of extra work, counted
-    "nothing": "",
+    "nothing": "nothing is computed twice",
     "largest": "the transformer blocks of the highest resolution are computed twice (+ 10 % work)",
     "all": "all blocks are computed twice (+ 33 % work)",
 }
@@ -162,9 +163,9 @@ RESERVE = 1.25  # of the activations counted: gradients on their way back, works
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch.OutOfMemoryError on a GPU; the CPU's allocator raises a plain RuntimeError."""
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words
+    """torch.OutOfMemoryError on a GPU, or its libraries' ..._ALLOC_FAILED; the CPU's allocator's RuntimeError."""
+    signs = ("out of memory", "allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,8 @@ class MemoryPlan:
                     module.gradient_checkpointing = module in largest
 
     def __str__(self) -> str:
-        extra = RECOMPUTED[self.recompute] or "nothing is computed twice"
-        return f"{self.micro_batch} images per pass, {extra}; about {self.needed / 2**30:.1f} GiB of activations"
+        needed = f"about {self.needed / 2**30:.1f} GiB of activations"
+        return f"{self.micro_batch} images per pass, {RECOMPUTED[self.recompute]}; {needed}"
 
 
 def _blocks(unet, kind: str, recompute: str) -> set:

@@ -168,11 +168,10 @@ class LoRAAttnProcessor(nn.Module):
     def project(self, attn: nn.Module, letters: str, x: Tensor) -> tuple[Tensor, ...]:
         """Base plus correction of x for each letter; one after another, or (see fuse_lora) as one product."""
         layers = [self.layers(attn)[letter] for letter in letters]
-        merged = layers[0][1].base_weight is not None
-        fused = self.fused.get(letters)
+        fused, merged = self.fused.get(letters), any(lora.base_weight is not None for _, lora in layers)
         if fused is not None and fused.fits(x) and not merged:
             return fused(x, [lora for _, lora in layers])
-        return tuple(linear(x) if merged else linear(x) + lora(x) for linear, lora in layers)
+        return tuple(linear(x) + lora(x) if lora.base_weight is None else linear(x) for linear, lora in layers)
 
 
 def inject_lora(
@@ -447,11 +446,14 @@ class _FusedProduct(torch.autograd.Function):
         out, rank = fused.up.shape
         y, narrow = product[:, :out], product[:, out : out + rank]
         y.addmm_(narrow, fused.up.T, alpha=fused.scale)
-        ctx.save_for_backward(rows, narrow, *weights)  # the weights for autograd's check that none has changed
+        if len(fused.widths) == 1:  # y isn't needed again: let its memory go
+            narrow = narrow.contiguous()
+        ctx.save_for_backward(rows, narrow, *weights)  # the weights for autograd's check that none was changed
         ctx.fused, ctx.shape = fused, x.shape
         return y.unflatten(0, x.shape[:-1]).split(fused.widths, dim=-1)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         (rows, narrow, weight, *_), fused = ctx.saved_tensors, ctx.fused
         out, rank = fused.up.shape
@@ -487,15 +489,17 @@ def fuse_lora(unet: nn.Module) -> None:
             processor.fused[letters] = FusedProjection(group)
             places += processor.fused[letters].places
             weights += [weight for _, lora in group for weight in (lora.down_weight, lora.up_weight)]
-    unet.fused_lora = (places, weights)
+    pairs = list(zip(places, weights, strict=True))
+    alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]  # on a GPU these go in few kernels
+    unet.fused_lora = [alike, [pair for pair in pairs if pair[0].stride() != pair[1].stride()]]
     unet.register_forward_pre_hook(_refresh)
 
 
 @torch.no_grad()
 def _refresh(unet: nn.Module, _) -> None:
-    places, weights = unet.fused_lora
-    if places[0].device == weights[0].device:  # else unet.to(...) has left the products behind
-        torch._foreach_copy_(places, weights)
+    for pairs in unet.fused_lora:
+        if pairs and pairs[0][0].device == pairs[0][1].device:  # else unet.to(...) has left the products behind
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def flatten_lora(unet: nn.Module) -> nn.Parameter:

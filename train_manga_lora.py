@@ -71,7 +71,7 @@ class TrainingConfig:
         "Manga face with spiky hair, confident expression, bold lineart, high contrast",
     )
     samples_per_prompt: int = 2  # seeds per prompt
-    sample_every_n_epochs: int = 5  # pictures every n epochs, and the base's; 0 = off
+    sample_every_n_epochs: int = 5  # pictures every n epochs, with the first the base's; 0 = off
     sample_steps: int = 25  # denoising steps per picture (DPM-Solver++)
     guidance_scale: float = 7.5  # of the pictures; 1 = none
     save_every_n_epochs: int = 1  # checkpoints; 0 = only at the end and when interrupted
@@ -208,6 +208,7 @@ if __name__ == "__main__":  # bad input is told now, not after the seconds that 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 import evaluate_lora
@@ -303,13 +304,13 @@ stop_signal = StopSignal()
 def tune_for(device: torch.device) -> None:
     """Settings of the process that make the same arithmetic faster."""
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes never change, so trying all convolution kernels once pays
+        torch.backends.cudnn.benchmark = True  # shapes hardly change: trying all convolution kernels once pays
     elif sys.platform == "linux":
         # glibc returns large blocks to the kernel, which clears them anew for every operation: 5 % of an SD1.5 step.
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            if libc.mallopt(-3, 2**30):  # M_MMAP_THRESHOLD; old versions refuse
+                libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def free_bytes(device: torch.device, processes: int) -> float:
@@ -444,7 +445,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     tokenizer = find_tokenizer(config.pretrained_model)
     say(dataset.report(tokenizer))
     say(f"Effective batch: {config.train_batch_size} x {config.gradient_accumulation_steps} x "
-        f"{accelerator.num_processes} = {effective_batch} (per pass x accumulated x processes)")
+        f"{accelerator.num_processes} = {effective_batch} (train_batch_size x gradient_accumulation_steps x processes)")
     say(f"Steps: {steps_per_epoch} per epoch x {config.num_train_epochs} epochs = {total_steps}")
     if Path(config.pretrained_model).is_dir():
         check_resolution(config.resolution, find_base(config.pretrained_model))
@@ -519,7 +520,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     # rounding, though: a resumed run keeps the plan.
     images = config.train_batch_size * config.gradient_accumulation_steps
     shapes = encoded.latent_mean.shape[1:], encoded.text_embeddings.shape[1:]
-    plans = memory_plans(unet, *shapes, images, config.gradient_checkpointing)
+    plans = broadcast_object_list([memory_plans(unet, *shapes, images, config.gradient_checkpointing)])[0]
     free = -accelerator.gather(torch.tensor([-free_bytes(device, accelerator.num_processes)], device=device)).max()
     plan = MemoryPlan(**state["plan"]) if state["plan"] else choose_plan(plans, free.item())
     plan.apply(unet)
@@ -636,7 +637,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             positions = order[start : start + effective_batch]
             window = draw_window(dataset, positions, config.seed, state["step"], encoded.latent_mean.shape[1:],
                                  scheduler.config.num_train_timesteps, config.caption_dropout)
-            rows = torch.arange(accelerator.process_index, len(window), accelerator.num_processes)
+            rows = torch.arange(len(window))[accelerator.process_index :: accelerator.num_processes]
 
             # The gradient of the denoising loss, summed over processes, and that of the penalty, added once.
             weights.grad.zero_()
@@ -659,7 +660,8 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             state["step"] += 1
             launched.append((state["step"], lr, window, results))
             last = state["step"] % steps_per_epoch == 0
-            settle(0 if last or (stop_signal.number and accelerator.num_processes == 1) else 1)
+            at_once = device.type != "cuda" or last or (stop_signal.number and accelerator.num_processes == 1)
+            settle(0 if at_once else 1)
             if interrupted and not last:
                 settle(0)
                 save_and_stop()
@@ -699,7 +701,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     summary = {}
     if is_main:
         lora_file = export(unet, weights, best, config, dataset, state)
-        unet.to("cpu")
+        del unet, weights  # the pictures need the memory
         free_memory(device)
         colours = {"base": None, "lora": None}
         if config.sample_prompts:
@@ -740,6 +742,6 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so are bugs
         if not is_out_of_memory(error):
             raise
-        end(Stop(3, "out of memory: let other programs free some, set gradient_checkpointing=on, or lower resolution"))
+        end(Stop(3, "out of memory: let other programs free some, or lower resolution; what was saved stays whole"))
     except OSError as error:
         end(Stop(3, f"{error.strerror or error}: {error.filename or CONFIG.output_dir}; what was saved stays whole"))

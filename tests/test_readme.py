@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 import shlex
 import sys
@@ -13,8 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPT = (ROOT / "train_manga_lora.py").read_text(encoding="utf-8")
-LAUNCH_FLAGS = {"num_processes", "multi_gpu", "cpu"}  # of accelerate launch
-OTHER_FLAGS = {"lora", "index-url", "help"} | LAUNCH_FLAGS  # of evaluate_lora.py, pip and argparse
+LAUNCH_FLAGS = {  # of accelerate launch
+    "num_processes", "multi_gpu", "cpu", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
+}
+BENCH_FLAGS = {"model", "rows", "steps", "warmup"}
+OTHER_FLAGS = {"lora", "index-url", "help"} | LAUNCH_FLAGS | BENCH_FLAGS  # of evaluate_lora.py, pip and argparse
 ORIGINAL_SNIPPET = """\
 from diffusers import StableDiffusionPipeline
 import torch
@@ -174,11 +178,23 @@ def test_metrics_columns_are_those_of_the_code():
 
 def test_files_are_all_listed_with_about_their_length():
     rows = re.findall(r"^\| \[([\w./]+\.py)\]\([^)]+\) \| (\d+) \|", README, re.MULTILINE)
-    here = {path.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "demo") for path in folder.glob("*.py")}
+    here = {path.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "demo", ROOT / "bench")
+            for path in folder.glob("*.py")}
     assert {name for name, _ in rows} == here
     for name, told in rows:
         lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
         assert abs(lines - int(told)) <= 0.1 * lines, f"{name}: {told} told, {lines} counted"
+
+
+def test_tables_of_speed_are_those_of_the_result_files():
+    sys.path.insert(0, str(ROOT / "bench"))
+    import bench_scale
+    import bench_training
+
+    results = ROOT / "bench" / "results"
+    assert bench_training.results_table(sorted(results.glob("*.json"))) in README, "bench_training.py --table prints it"
+    scale = json.loads((results / "scale" / "demo.json").read_text(encoding="utf-8"))
+    assert bench_scale.table(scale) in README, "bench_scale.py --table prints it"
 
 
 def test_every_figure_is_measured():
@@ -186,7 +202,7 @@ def test_every_figure_is_measured():
 
 
 def test_readme_is_plain():
-    assert len(README.splitlines()) <= 430
+    assert len(README.splitlines()) <= 500
     assert re.findall("[\U0001f300-\U0001faff\u2600-\u27bf]", README) == []
 
 

@@ -96,6 +96,18 @@ def test_any_micro_batch_gives_the_same_step(precise, batch_size):
     assert max(a.abs().max() for a in whole) > 1e-3
 
 
+def test_a_process_without_images_in_the_last_window_adds_zeros(precise):
+    """The fourth of four processes, in a window of one image."""
+    unet, scheduler, dataset, encoded, config = precise
+    for parameter in lora_parameters(unet):
+        parameter.grad = torch.zeros_like(parameter)
+    window = denoising.draw_window(dataset, dataset.epoch_order(0)[:1], config.seed, 0, LATENT_SHAPE, 1000, 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    rows = torch.arange(len(window))[3::4]
+    assert denoising.accumulate_gradients(unet, scheduler, encoded, window, rows, 8, scaler) == 0
+    assert not any(parameter.grad.any() for parameter in lora_parameters(unet))
+
+
 def test_a_partial_window_is_divided_by_what_is_in_it(precise):
     """Against the formula: sum of weight x per-image loss over 5 images, divided by 5."""
     loss, _, window = gradient_of_step(precise, torch.arange(5), 2, count=5)
@@ -649,6 +661,17 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(tiny_config, unint
     summary = run(config)
     assert "step-000010 is damaged" in capsys.readouterr().out and os.path.isdir(newest + ".corrupt")
     assert summary["resumed_from_step"] == 8 and exported(config) == uninterrupted[1]
+
+
+def test_checkpoints_of_another_version_are_refused_in_one_line_and_left_alone(tiny_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "gather", lambda weights, *_: {"lora.000": weights})
+        run(tiny_config, num_train_epochs=1)
+    for name in ("summary.json", "pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors"):
+        os.remove(os.path.join(tiny_config.output_dir, name))
+    with pytest.raises(checkpoint.CheckpointError, match="another version"):
+        run(tiny_config, num_train_epochs=1)
+    assert os.listdir(os.path.join(tiny_config.output_dir, "checkpoints")) == ["step-000002"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_silently(tmp_path):
