@@ -409,7 +409,8 @@ def test_fused_unet_falls_back_where_its_operands_do_not_fit(pristine_unet, batc
     attn = plain.mid_block.attentions[0].transformer_blocks[0].attn1
     twin = fused.mid_block.attentions[0].transformer_blocks[0].attn1
     x, states = torch.randn(1, 4, 24), torch.randn(1, 6, 24)
-    assert torch.equal(attn(x, encoder_hidden_states=states), twin(x, encoder_hidden_states=states))
+    # its output projection stays fused, and rounds as the CPU's matrix product does
+    torch.testing.assert_close(twin(x, encoder_hidden_states=states), attn(x, encoder_hidden_states=states))
 
 
 def test_fusing_merging_and_saving_go_together(pristine_unet, batch, tmp_path):
