@@ -162,42 +162,59 @@ def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(tin
     assert min(cosines) >= (0.999 if dtype == torch.float16 else 0.99), min(cosines)
 
 
-def test_a_hundred_steps_of_the_fused_path_follow_the_plain_ones_within_the_noise_of_the_seed(tiny_base, shared_faces):
-    """Flat, fused AdamW on fused projections, against torch's AdamW on 256 tensors and one projection at a time."""
-    dataset = MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64, num_workers=0)
-    generator = torch.Generator().manual_seed(1)
-    mean = torch.randn(len(dataset.samples), *LATENT_SHAPE, generator=generator)
-    encoded = EncodedDataset(mean, mean * 0.1, torch.randn(len(dataset.texts), 77, 16, generator=generator))
+def hundred_losses(base, faces, seed, dtype=None):
+    """The losses of 100 steps on latents of 8 x 8. dtype: that of the fused path's base; None is the plain path.
 
-    def losses(fused):
-        unet, scheduler = load_unet(tiny_base, CPU, torch.float32)
-        torch.manual_seed(0)
-        inject_lora(unet, 4, 8)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
-        if fused:
-            fuse_lora(unet)
-            weights = flatten_lora(unet)
-            optimizer = torch.optim.AdamW([weights], lr=2e-3, fused=True)
+    Plain: torch's AdamW on 256 tensors, one projection at a time, float32. Fused: as the trainer does it, with its
+    flat weights, fused AdamW and, in fp16, its loss scale.
+    """
+    dataset = MangaFaceDataset(faces, faces / "modified_face_250.json", 64, num_workers=0)
+    generator, shape = torch.Generator().manual_seed(1), (4, 8, 8)
+    mean = torch.randn(len(dataset.samples), *shape, generator=generator)
+    texts = torch.randn(len(dataset.texts), 77, 16, generator=generator)
+    unet, scheduler = load_unet(base, CPU, dtype or torch.float32)
+    encoded = EncodedDataset(mean, mean * 0.1, texts.to(unet.dtype))
+    torch.manual_seed(seed)
+    inject_lora(unet, 4, 8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16 if dtype == torch.float16 else 1.0)
+    if dtype is None:
+        weights = lora_parameters(unet)
+        optimizer = torch.optim.AdamW(weights, lr=2e-3, foreach=False)
+    else:
+        fuse_lora(unet)
+        weights = flatten_lora(unet)
+        optimizer = torch.optim.AdamW([weights], lr=2e-3, fused=True)
+    losses, rows = [], torch.arange(2)
+    for step in range(100):
+        optimizer.zero_grad(set_to_none=False)
+        window = denoising.draw_window(dataset, [step % 4, 5], seed, step, shape, 1000, 0.1)
+        losses.append(denoising.accumulate_gradients(unet, scheduler, encoded, window, rows, 2, scaler).item())
+        if dtype is None:
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
         else:
-            weights = lora_parameters(unet)
-            optimizer = torch.optim.AdamW(weights, lr=2e-3, foreach=False)
-        curve = []
-        for step in range(100):
-            optimizer.zero_grad(set_to_none=False)
-            window = denoising.draw_window(dataset, [step % 4, 5], 0, step, LATENT_SHAPE, 1000, 0.1)
-            rows = torch.arange(2)
-            curve.append(denoising.accumulate_gradients(unet, scheduler, encoded, window, rows, 2, scaler).item())
-            if fused:
-                trainer.clip_and_step(optimizer, scaler, weights, 1.0)
-            else:
-                torch.nn.utils.clip_grad_norm_(weights, 1.0)
-                optimizer.step()
-        return np.array(curve)
+            assert trainer.clip_and_step(optimizer, scaler, weights, 1.0)
+    return np.array(losses)
 
-    plain, fused = losses(False), losses(True)
+
+@pytest.fixture(scope="module")
+def plain_losses(tiny_base, shared_faces):
+    """Of the plain path, and of a second seed: another LoRA at the start, other captions, timesteps and noise."""
+    return [hundred_losses(tiny_base, shared_faces, seed) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.float16, 0.002), (torch.bfloat16, 0.01)])
+def test_a_hundred_steps_of_the_fused_path_follow_the_plain_ones_within_the_noise_of_the_seed(
+    tiny_base, shared_faces, plain_losses, dtype, most
+):
+    """To a small part of it: a learning rate 1 % higher is 0.005 apart. The noise is the mean distance to a real run
+    of a second seed, which is stricter than the change from one step's loss to the next's (by a quarter).
+    """
+    plain, other = plain_losses
     assert plain[-20:].mean() < plain[:20].mean() - 0.01  # it learns
-    apart, noise = np.abs(plain - fused).mean(), np.diff(plain).std()  # another seed draws other noise and timesteps
-    assert apart < 0.01 * noise, (apart, noise)
+    fused = hundred_losses(tiny_base, shared_faces, 0, dtype)
+    apart, noise = np.abs(plain - fused).mean(), np.abs(plain - other).mean()
+    assert apart < most * noise, (apart, noise)
 
 
 def live_bytes(unet, shapes, images):
