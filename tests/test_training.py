@@ -217,6 +217,34 @@ def test_a_hundred_steps_of_the_fused_path_follow_the_plain_ones_within_the_nois
     assert apart < most * noise, (apart, noise)
 
 
+@pytest.mark.parametrize("recompute, forward_passes", [("largest", 16 + 2 + 3), ("all", 2 * 16)])
+def test_recomputation_leaves_every_module_s_gradient_as_it_is(tiny_base, recompute, forward_passes):
+    """On the trainer's path. The transformer blocks really computed twice: of the first and the last block, or all."""
+    unet, _ = load_unet(tiny_base, CPU, torch.float32)
+    inject_lora(unet, 4, 8)
+    fuse_lora(unet)
+    unet.train()
+    torch.manual_seed(0)
+    for parameter in lora_parameters(unet):
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs, passes, found = (torch.randn(2, *LATENT_SHAPE), torch.tensor([3, 700]), torch.randn(2, 77, 16)), [], {}
+    for module in unet.modules():
+        if type(module).__name__ == "BasicTransformerBlock":
+            module.register_forward_pre_hook(lambda *_: passes.append(1))
+    for tier, expected in (("nothing", 16), (recompute, forward_passes)):
+        denoising.MemoryPlan(2, tier, 0.0).apply(unet)
+        passes.clear()
+        unet(*inputs).sample.square().mean().backward()
+        assert len(passes) == expected
+        found[tier] = [parameter.grad for parameter in lora_parameters(unet)]
+        unet.zero_grad(set_to_none=True)
+    names = [name for name in lora_modules(unet) for _ in ("down", "up")]
+    for name, kept, again in zip(names, *found.values(), strict=True):
+        assert kept.norm() > 0, name
+        cosine = torch.cosine_similarity(kept.flatten().double(), again.flatten().double(), dim=0)
+        assert cosine >= 0.999999 and torch.allclose(kept.norm(), again.norm()), (name, cosine)
+
+
 def live_bytes(unet, shapes, images):
     """The most memory that forward and backward of `images` hold at a time, by watching every tensor's birth and death.
 
