@@ -137,9 +137,14 @@ def test_a_base_that_predicts_v_is_given_v(precise):
     assert torch.allclose(losses, (prediction - v).square().mean(dim=(1, 2, 3)), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(tiny_base, shared_faces, dtype):
-    """The fp16 path of a GPU, run on the CPU: half UNet, float32 LoRA, loss scale; per module cosine >= 0.999."""
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype, least", [(torch.float16, 0.999), (torch.bfloat16, 0.995)])
+def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(
+    tiny_base, shared_faces, dtype, least, fused
+):
+    """The fp16 path of a GPU, run on the CPU: half UNet, float32 LoRA, loss scale. Cosine per module to the plain
+    float32 path; bf16's, with 8 bits, is 0.9976 at worst, fused or not.
+    """
     dataset = MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64, num_workers=0)
     generator = torch.Generator().manual_seed(1)
     mean = torch.randn(len(dataset.samples), *LATENT_SHAPE, generator=generator)
@@ -149,6 +154,8 @@ def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(tin
         unet, scheduler = load_unet(tiny_base, CPU, precision)
         torch.manual_seed(0)
         inject_lora(unet, 4, 8)
+        if fused and precision == dtype:
+            fuse_lora(unet)
         parameters = lora_parameters(unet)
         optimizer = torch.optim.AdamW(parameters)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=precision == torch.float16)
@@ -159,7 +166,7 @@ def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(tin
         assert loss.dtype == torch.float32 and all(parameter.grad.dtype == torch.float32 for parameter in parameters)
         gradients[precision] = [layer.up_weight.grad.flatten() for layer in lora_modules(unet).values()]
     cosines = [torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(*gradients.values(), strict=True)]
-    assert min(cosines) >= (0.999 if dtype == torch.float16 else 0.99), min(cosines)
+    assert min(cosines) >= least, min(cosines)
 
 
 def hundred_losses(base, faces, seed, dtype=None):
