@@ -117,6 +117,11 @@ def sum_over_processes(*tensors: torch.Tensor) -> None:
             torch.distributed.all_reduce(tensor)
 
 
+def reads_late(device: torch.device) -> bool:
+    """Whether a step's results are read only once the next step is launched. A CPU has nothing to gain by that."""
+    return device.type == "cuda"
+
+
 def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
     """Start copying a few numbers off the device; the function returned waits for them.
 

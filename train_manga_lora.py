@@ -221,7 +221,7 @@ from checkpoint import (
 )
 from dataset import EncodedDataset, InputError, MangaFaceDataset, encode_faces, encode_texts, folder_identity
 from denoising import (
-    MemoryPlan, accumulate_gradients, choose_plan, draw_window, is_out_of_memory, memory_plans, read_later,
+    MemoryPlan, accumulate_gradients, choose_plan, draw_window, is_out_of_memory, memory_plans, read_later, reads_late,
     sum_over_processes, validate,
 )
 from lora_layers import (
@@ -660,7 +660,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             state["step"] += 1
             launched.append((state["step"], lr, window, results))
             last = state["step"] % steps_per_epoch == 0
-            at_once = device.type != "cuda" or last or (stop_signal.number and accelerator.num_processes == 1)
+            at_once = not reads_late(device) or last or (stop_signal.number and accelerator.num_processes == 1)
             settle(0 if at_once else 1)
             if interrupted and not last:
                 settle(0)

@@ -825,3 +825,79 @@ def test_a_dry_run_writes_nothing(tiny_config, capsys):
     output = capsys.readouterr().out
     assert "2 x 4 x 1 = 8" in output and "2 per epoch x 3 epochs = 6" in output and "Weight range" in output
     assert not os.path.exists(tiny_config.output_dir) and not os.path.exists(tiny_config.cache_dir)
+
+
+# Read one step late, as on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Results are read as on a GPU. Returns what happened, in order: a step was launched, its results were read."""
+    events, original = [], trainer.read_later
+
+    def read_later(values):
+        number = sum(what == "launched" for what, _ in events) + 1
+        events.append(("launched", number))
+        results = original(values)
+        return lambda: events.append(("read", number)) or results()
+
+    monkeypatch.setattr(trainer, "read_later", read_later)
+    monkeypatch.setattr(trainer, "reads_late", lambda device: True)
+    return events
+
+
+def test_reading_a_step_late_changes_nothing_that_a_run_leaves(tiny_config, uninterrupted, late):
+    config = dataclasses.replace(tiny_config, train_batch_size=1)
+    summary = run(config)
+    assert (metrics(config), exported(config), exported(config, "last/pytorch_lora_weights.bin")) == uninterrupted
+    assert (summary["optimizer_steps"], summary["images_seen"], summary["skipped_steps"]) == (12, 48, 0)
+    order = [("launched", 1), ("launched", 2), ("read", 1), ("launched", 3), ("read", 2), ("launched", 4), ("read", 3),
+             ("read", 4), ("launched", 5)]  # an epoch's last step is read at once: its validation follows
+    assert late[:9] == order
+
+
+def test_a_gradient_that_is_not_finite_and_read_late_stops_with_its_own_step_and_images(
+    tiny_config, monkeypatch, late
+):
+    windows, draw, losses = [], trainer.draw_window, denoising.denoising_losses
+    monkeypatch.setattr(trainer, "draw_window", lambda *a: windows.append(draw(*a)) or windows[-1])
+
+    def poisoned(*arguments):
+        return losses(*arguments) * (math.nan if torch.is_grad_enabled() and len(windows) == 2 else 1.0)
+
+    monkeypatch.setattr(denoising, "denoising_losses", poisoned)
+    config = dataclasses.replace(tiny_config, train_batch_size=1)
+    with pytest.raises(trainer.Stop) as stop:
+        run(config)
+    assert stop.value.exit_code == 4 and len(windows) == 3  # step 3 was under way already
+    dataset = MangaFaceDataset(config.dataset_dir, config.json_file, 64, num_workers=0)
+    names = ", ".join(dataset.samples[face].name for face in windows[1].faces.tolist())
+    assert f"step 2: the gradient is not finite (images {names})" in str(stop.value)
+    assert [row["step"] for row in metrics(config)] == ["1"]
+    assert not os.path.exists(os.path.join(config.output_dir, "pytorch_lora_weights.bin"))
+
+
+@pytest.mark.parametrize("mine, step, saved", [(True, 2, 2), (False, 2, 3), (False, 3, 4)])  # 4: an epoch's last
+def test_an_interrupt_while_a_step_is_unread_saves_it_too_and_resumes_to_the_same_bytes(
+    tiny_config, uninterrupted, monkeypatch, late, mine, step, saved
+):
+    """The own signal ends the run after the step under way; another process's is only seen when that step is read."""
+    config = dataclasses.replace(tiny_config, train_batch_size=1)
+    with monkeypatch.context() as patch:
+        if mine:
+            signal_at_step(patch, step)
+        else:
+            sums = []
+
+            def sum_over_processes(*tensors):
+                if len(tensors) == 3:  # gradient, loss, signal
+                    sums.append(1)
+                    tensors[2].add_(signal.SIGTERM if len(sums) == step else 0)
+
+            patch.setattr(trainer, "sum_over_processes", sum_over_processes)
+        with pytest.raises(trainer.Stop, match=f"saved after step {saved} of 12") as stop:
+            run(config)
+    assert stop.value.exit_code == 143 and late[-1] == ("read", saved)
+    assert [row["step"] for row in metrics(config)] == [str(number) for number in range(1, saved + 1)]
+    assert run(config)["resumed_from_step"] == saved
+    assert (metrics(config), exported(config), exported(config, "last/pytorch_lora_weights.bin")) == uninterrupted
