@@ -253,7 +253,8 @@ def run_script(args) -> dict:
                 done = re.findall(r"Steps:.*?\b(\d+)/\d+ \[", text)
                 moments += [time.time() - started] * (int(done[-1]) - len(moments) if done else 0)
     if process.returncode or len(moments) < args.warmup + args.steps:
-        reason = re.split(r"[\r\n]+", text.strip())[-1][:200]
+        lines = re.split(r"[\r\n]+", text.strip())
+        reason = next((line for line in reversed(lines) if not line.startswith("Steps:")), "")[:200]  # tqdm ends last
         return {"error": f"exit code {process.returncode} after {len(moments)} steps: {reason}"}
     seconds = [after - before for before, after in itertools.pairwise(moments)][args.warmup - 1 :]
     return {"micro_batch": 2, "checkpointing": "yes", "first_step_s": moments[0], "step_seconds": seconds}

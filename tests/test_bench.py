@@ -1,5 +1,6 @@
 """The benchmark of training speed: real rows in real processes take turns, and its figures follow from their times."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -10,6 +11,37 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DIFFUSERS_SCRIPT = """
+import argparse, json, pathlib, sys, time
+from tqdm.auto import tqdm
+
+parser = argparse.ArgumentParser()
+for name in ("pretrained_model_name_or_path", "train_data_dir", "output_dir", "cache_dir", "mixed_precision"):
+    parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
+for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "rank", "seed"):
+    parser.add_argument(f"--{name}", type=int, required=True)
+parser.add_argument("--learning_rate", type=float)
+parser.add_argument("--gradient_checkpointing", action="store_true")
+args = parser.parse_args()
+assert (args.pretrained_model_name_or_path / "unet" / "config.json").is_file() and args.gradient_checkpointing
+lines = [json.loads(line) for line in (args.train_data_dir / "metadata.jsonl").read_text().splitlines()]
+assert len(lines) == 250 and all(line["text"] and (args.train_data_dir / line["file_name"]).is_file() for line in lines)
+
+print("11/24/2026 10:00:00 - INFO - __main__ - ***** Running training *****", file=sys.stderr)
+for _ in tqdm(range(250), desc="Generating train split", unit=" examples"):
+    pass
+moments, bar = [], tqdm(range(0, args.max_train_steps), initial=0, desc="Steps", disable=False)
+for step in range(args.max_train_steps):
+    for micro_batch in range(args.gradient_accumulation_steps):
+        time.sleep(SECONDS[step] / args.gradient_accumulation_steps)
+        if micro_batch == args.gradient_accumulation_steps - 1:
+            bar.update(1)
+            moments.append(time.time())
+        bar.set_postfix(step_loss=0.1, lr=args.learning_rate)
+    if step == FAILS_AFTER:
+        raise ValueError("too much")
+pathlib.Path(__file__).with_name("moments.json").write_text(json.dumps(moments))
+"""
 sys.path.insert(0, str(ROOT / "bench"))
 
 import bench_training  # noqa: E402
@@ -70,6 +102,47 @@ def test_a_row_that_fails_is_recorded_and_ends_no_other(measured):
     assert failed["row"] == "c:b3" and "micro-batches of 3" in failed["error"]
     assert "median_s" not in failed
     assert failed["error"] in screen
+
+
+@pytest.fixture
+def row_d(tmp_path, monkeypatch):
+    """Row d's record of a warm-up step and three timed ones, and the script's own of when each step ended.
+
+    In place of diffusers' script, which needs two packages more, one with its flags, its progress bar and its log.
+    """
+    script = tmp_path / "examples" / "text_to_image" / "train_text_to_image_lora.py"
+    script.parent.mkdir(parents=True)
+    find_spec = importlib.util.find_spec
+
+    def measure(seconds=(0.5, 0.02, 0.8, 0.1), fails_after=None, missing=(), peer=tmp_path) -> tuple:
+        def look(name):
+            return None if name in missing else find_spec("json" if name in ("datasets", "torchvision") else name)
+
+        monkeypatch.setattr(importlib.util, "find_spec", look)
+        script.write_text(DIFFUSERS_SCRIPT.replace("SECONDS", str(seconds)).replace("FAILS_AFTER", str(fails_after)))
+        words = ["--device", "cpu", "--rows", "d", "--peer", str(peer), "--steps", "3", "--warmup", "1"]
+        (record,) = rows = bench_training.measure(bench_training.parse_arguments(words))
+        bench_training.summarize(rows, 1.0)
+        moments = script.with_name("moments.json")
+        return record, json.loads(moments.read_text()) if moments.is_file() else []
+
+    return measure
+
+
+def test_a_step_of_diffusers_own_script_is_timed_by_its_progress_bar(row_d):
+    record, moments = row_d()
+    own = [after - before for before, after in itertools.pairwise(moments)]
+    assert record["step_seconds"] == pytest.approx(own, abs=0.25) and len(own) == 3
+    assert record["median_s"] == pytest.approx(sorted(own)[1], abs=0.25)
+    assert record["images_per_s"] == pytest.approx(8 / record["median_s"])
+    assert record["first_step_s"] >= 0.5 and (record["micro_batch"], record["checkpointing"]) == (2, "yes")
+
+
+def test_diffusers_own_script_can_fail_or_lack_what_it_needs(row_d, tmp_path):
+    record, _ = row_d(fails_after=2)
+    assert record["error"] == "exit code 1 after 3 steps: ValueError: too much"
+    assert row_d(missing=["torchvision"])[0]["skipped"] == "needs the package torchvision"
+    assert "needs --peer: there is no" in row_d(peer=tmp_path / "elsewhere")[0]["skipped"]
 
 
 def test_a_rows_time_is_compared_with_ours_in_the_table(tmp_path):
