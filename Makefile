@@ -1,6 +1,6 @@
 # make demo        train the embedded demo, leave pictures in demo_output/
 # make test        lint and all default tests, as continuous integration runs them
-# make test-long   the whole demo, held to the figures that the README gives
+# make test-long   the whole demo, held to the figures that the README gives, and bench/run_gpu.sh, small
 
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python

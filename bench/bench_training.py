@@ -521,6 +521,7 @@ def make_sd15(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
         for part in ("tokenizer", "scheduler"):
             shutil.copytree(ROOT / "demo" / "base" / part, Path(unfinished, "base", part))
+        shutil.copy(ROOT / "demo" / "base" / "model_index.json", Path(unfinished, "base"))
         for part, model in parts.items():
             model.to_empty(device="cpu")
             for name, weight in model.named_parameters():
@@ -568,7 +569,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, help="steps of each row before them, at least 1 [20 on cuda, 2 on cpu]")
     parser.add_argument("--rows", default="", help=f"[{','.join(ALL_ROWS)}, and d with --peer]")
     parser.add_argument("--peer", help="a diffusers checkout, for row d")
-    parser.add_argument("--out", type=Path, help="[bench/results/DEVICE-MODEL-RESOLUTION.json]")
+    parser.add_argument("--out", type=Path, help="file, or folder for DEVICE-MODEL-RESOLUTION.json [bench/results]")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "bench_sd15", help="where sd15 is kept")
     parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="print these results as markdown [all]")
     args = parser.parse_args(words)
@@ -620,7 +621,9 @@ def main(words: list[str]) -> None:
     rows = measure(args)
     summarize(rows, result["matmul_tflops"])
     result["ratios"] = ratios(rows)
-    out = args.out or ROOT / "bench" / "results" / f"{slug}-{args.model}-{args.resolution}.json"
+    out = args.out or ROOT / "bench" / "results"
+    if out.suffix != ".json":
+        out /= f"{slug}-{args.model}-{args.resolution}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     head, lines = json.dumps(result, indent=1)[:-2], ",\n  ".join(map(json.dumps, rows))  # a line per row
     out.write_text(f'{head},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")

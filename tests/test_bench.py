@@ -178,3 +178,20 @@ def test_bad_input_ends_with_one_line_and_code_2(words, capsys):
         bench_training.parse_arguments(["--device", "cpu", *words])
     assert end.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.long
+def test_all_that_a_gpu_is_asked_for_also_runs_small_on_a_cpu(tmp_path):
+    small = {"MODEL": "demo", "RESOLUTION": "64", "ROWS": "a,c:b8", "STEPS": "2", "WARMUP": "1", "EPOCHS": "1"}
+    run = subprocess.run(["bash", ROOT / "bench" / "run_gpu.sh"], capture_output=True, text=True,
+                         env=os.environ | small | {"OUT": str(tmp_path), "PYTHON": sys.executable})
+    assert run.returncode == 0, run.stderr[-3000:]
+    (bench,) = tmp_path.glob("*-demo-64.json")
+    assert [row["row"] for row in json.loads(bench.read_text())["rows"] if "median_s" in row] == ["a", "c:b8"]
+    cold, warm = (tmp_path / f"trainer-demo-64-{name}" for name in ("cold", "warm"))
+    first_step_s = [json.loads((folder / "summary.json").read_text())["first_step_s"] for folder in (cold, warm)]
+    assert first_step_s[0] > first_step_s[1] > 0
+    begun = [run.stderr.count(f"Encoding {what}:   0%") for what in ("faces", "texts")]
+    assert begun == [1, 2]  # texts: captions and prompts; the warm run encodes nothing
+    assert [path.name for path in sorted((cold / "samples").iterdir())] == ["epoch-000.png", "epoch-001.png"]
+    assert len((cold / "metrics.csv").read_text().splitlines()) == 1 + 29
