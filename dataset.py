@@ -28,6 +28,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may decode, whatever the suffix claims
 ENCODING_VERSION = 1  # raise it when load_image or the encoding changes: old cache entries are then ignored
 TEXT_BATCH = 32  # texts encoded at a time
+DHASH_SIDE = 16  # a picture's hash compares 16 x 16 neighbours; 8 x 8, as is common, takes all faces for one another
+NEAR_DUPLICATE = 3  # of 256 bits may differ: the same picture as a JPEG of quality 60, or resized
 GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, fill [0, 1) as evenly as any sequence can
 
 
@@ -44,6 +46,7 @@ class Sample:
     captions: tuple[str, ...]
     sha256: str  # of the file's bytes: decides the hold-out and keys the latent cache
     size: tuple[int, int]  # W, H in pixels, upright
+    dhashes: tuple[bytes, bytes]  # of the picture and of its mirror image: see dhash()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -152,14 +155,42 @@ def _upright_rgb(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
+def dhash(image: Image.Image) -> bytes:
+    """Difference hash (Krawetz 2013): where brightness grows by more than noise to the right, on a 16 x 16 grid.
+
+    Nearly the same pictures differ in few of its 256 bits, whatever their size or compression.
+    """
+    small = image.convert("L").resize((DHASH_SIDE + 1, DHASH_SIDE), Image.Resampling.LANCZOS)
+    return np.packbits(np.diff(np.asarray(small).astype(int), axis=1) > 8).tobytes()
+
+
+def near_duplicates(samples: list["Sample"]) -> list[int]:
+    """For each sample the first of its group: samples that look alike, mirrored or not, directly or by way of others.
+
+    Copies of one file are in one group, too. Compares all pairs: 10,000 faces take seconds.
+    """
+    plain, mirrored = (
+        np.frombuffer(b"".join(sample.dhashes[side] for sample in samples), np.uint64).reshape(len(samples), -1)
+        for side in (0, 1)
+    )
+    first = list(range(len(samples)))
+    for index in range(len(samples)):
+        distances = [np.bitwise_count(plain[index] ^ others[:index]).sum(axis=1) for others in (plain, mirrored)]
+        groups = {first[other] for other in np.flatnonzero(np.minimum(*distances) <= NEAR_DUPLICATE)}
+        if groups:
+            first[index] = min(groups)
+            first = [first[index] if group in groups else group for group in first]
+    return first
+
+
 def _read_face(name: str, path: Path, captions: tuple[str, ...]) -> Sample | str:
     """The sample, or why its file can't be used. Decodes all of it: a torn file must fail here, not in epoch 3."""
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        size = _upright_rgb(path).size
+        picture = _upright_rgb(path)
     except Exception as error:  # on a damaged file Pillow also trips with struct.error, TypeError and others
         return f"{path.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    return Sample(name, path, captions, sha256, size)
+    return Sample(name, path, captions, sha256, picture.size, (dhash(picture), dhash(ImageOps.mirror(picture))))
 
 
 # The data set --------------------------------------------------------------------------------------------------
@@ -178,6 +209,7 @@ class MangaFaceDataset:
     Attributes:
         samples: every usable face. train, validation: their indices into samples.
         weights: float64, one per training face, mean 1 (all 1 with weighting "off").
+        alike: groups of samples that are nearly the same picture.
         texts: every text that may be drawn, each once; texts[0] is "" (caption dropout).
 
     Raises:
@@ -262,15 +294,18 @@ class MangaFaceDataset:
     def _split(self, share: float) -> tuple[list[int], list[int]]:
         """Hold out the faces with the smallest content hashes: independent of file names and order.
 
-        Copies of one file have one hash, so they never stand on both sides.
+        Near-duplicates, mirrored ones too, stay on one side: what was trained on in another size is no test.
         """
         everything = list(range(len(self.samples)))
         wanted = max(4, round(share * len(everything)))
-        by_hash = sorted(everything, key=lambda index: self.samples[index].sha256)
-        hashes = [self.samples[index].sha256 for index in by_hash]
-        while wanted < len(hashes) and hashes[wanted] == hashes[wanted - 1]:
-            wanted += 1
-        held_out = set(by_hash[:wanted])
+        groups: dict[int, list[int]] = {}
+        for index, first in enumerate(near_duplicates(self.samples)):
+            groups.setdefault(first, []).append(index)
+        self.alike = [group for group in groups.values() if len(group) > 1]
+        held_out: set[int] = set()
+        for group in sorted(groups.values(), key=lambda group: min(self.samples[index].sha256 for index in group)):
+            if len(held_out) < wanted:
+                held_out |= set(group)
         if share == 0 or 2 * len(held_out) > len(everything):
             return everything, []
         return [index for index in everything if index not in held_out], sorted(held_out)
@@ -286,6 +321,11 @@ class MangaFaceDataset:
             return vectorizer, [np.zeros(0, dtype=int) for _ in documents]
         return vectorizer, [counts[row].indices for row in range(len(documents))]
 
+    def _rarities(self) -> np.ndarray:
+        """Mean inverse document frequency of each training face's terms, NaN without terms. Shape: (faces,)."""
+        vectorizer, terms = self._term_rarity()
+        return np.array([vectorizer.idf_[ids].mean() if len(ids) else np.nan for ids in terms])
+
     def _calculate_sample_weights(self) -> np.ndarray:
         """Weigh each training face by the mean inverse document frequency of its terms, so rare features come up more.
 
@@ -296,8 +336,7 @@ class MangaFaceDataset:
 
         Shape: (training faces,), float64 in [weight_min, weight_max].
         """
-        vectorizer, terms = self._term_rarity()
-        raw = np.array([vectorizer.idf_[ids].mean() if len(ids) else np.nan for ids in terms])
+        raw = self._rarities()
         raw = np.where(np.isnan(raw), 1.0 if np.isnan(raw).all() else np.nanmean(raw), raw)
         low, high = 0.0, 1.0 / raw.min()  # at which no weight is below 1
         for _ in range(200):
@@ -347,7 +386,6 @@ class MangaFaceDataset:
             and entry.name not in listed
             and os.path.splitext(entry.name)[0] not in listed
         ]
-        copies = len(self.samples) - len({sample.sha256 for sample in self.samples})
         small = sum(min(size) < self.resolution for size in sizes)
         uneven = sum(width != height for width, height in sizes)
         captions = [caption for sample in self.samples for caption in sample.captions]
@@ -362,7 +400,11 @@ class MangaFaceDataset:
         lines += [f"  ... and {len(self.skipped) - 10} more"] if len(self.skipped) > 10 else []
         if stray:
             lines.append(f"Without an entry in {self.json_file.name}: {len(stray)} ({', '.join(sorted(stray)[:5])})")
-        lines += [f"Exact copies: {copies}"] if copies else []
+        if self.alike:
+            groups = [" = ".join([self.samples[index].name for index in group[:4]]
+                                 + [f"{len(group) - 4} more"] * (len(group) > 4)) for group in self.alike]
+            more = f" and {len(groups) - 5} more" if len(groups) > 5 else ""
+            lines.append(f"Nearly the same picture, kept on one side: {', '.join(groups[:5])}{more}")
         lines.append(
             f"Pixels: {min(map(min, sizes))} to {max(map(max, sizes))} a side; used at {self.resolution} x "
             f"{self.resolution}; {uneven} not square (centre square is used), {small} smaller (enlarged)"
