@@ -2,8 +2,8 @@
 
     config.json                                 resolved constants, data fingerprint, processes, precision
     metrics.csv                                 one row per optimizer step
-    checkpoints/step-000870/state.safetensors   LoRA, best LoRA, optimizer moments
-    checkpoints/step-000870/state.json          step, best-so-far, patience, scaler, sums of the running epoch
+    checkpoints/step-000870/state.safetensors   LoRA, optimizer moments
+    checkpoints/step-000870/state.json          step, validation losses, patience, scaler, sums of the running epoch
     checkpoints/step-000870/manifest.json       size and SHA-256 of both; written last
 """
 
@@ -25,11 +25,14 @@ PRODUCTS = (  # all that a run writes into its folder, and all that --overwrite 
     "metrics.csv",
     "summary.json",
     "before_after.png",
+    "best.json",
+    "scores.json",
     "pytorch_lora_weights.bin",
     "pytorch_lora_weights.safetensors",
     "samples",
     "checkpoints",
     "last",
+    "candidates",
     "tensorboard",
 )
 
@@ -163,24 +166,23 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
     return final
 
 
-def gather(weights, best, optimizer) -> dict[str, torch.Tensor]:
-    """All tensors that a checkpoint needs: LoRA, best LoRA, optimizer moments."""
+def gather(weights, optimizer) -> dict[str, torch.Tensor]:
+    """All tensors that a checkpoint needs: LoRA and optimizer moments."""
     moments = optimizer.state.get(weights, {})
-    return {"lora": weights, "best": best} | {name: moments[name] for name in MOMENTS if name in moments}
+    return {"lora": weights} | {name: moments[name] for name in MOMENTS if name in moments}
 
 
 @torch.no_grad()
-def restore(tensors: dict[str, torch.Tensor], weights, best, optimizer, optimizer_steps: int) -> None:
+def restore(tensors: dict[str, torch.Tensor], weights, optimizer, optimizer_steps: int) -> None:
     """The inverse of gather(), into the live run. `optimizer_steps` is AdamW's own count, for its bias correction.
 
     Raises:
         CheckpointError: these are not the tensors of gather().
     """
-    if "lora" not in tensors or tensors["lora"].shape != weights.shape:
+    if not {"lora"} <= tensors.keys() <= {"lora", *MOMENTS} or tensors["lora"].shape != weights.shape:
         raise CheckpointError("the checkpoints were written by another version of this program: go on with that one, "
                               "or start anew with --overwrite")  # fmt: skip
     weights.copy_(tensors["lora"])
-    best.copy_(tensors["best"])
     if optimizer_steps:
         moments = {name: tensors[name].to(weights.device) for name in MOMENTS}
         optimizer.state[weights] = {"step": torch.tensor(float(optimizer_steps), device=weights.device), **moments}

@@ -7,6 +7,7 @@ Letters in shapes: n images of a window, b of a micro-batch, C latent channels, 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -139,13 +140,17 @@ def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
 
 
 @torch.no_grad()
-def validate(unet, scheduler, dataset: MangaFaceDataset, encoded: EncodedDataset, seed: int, accelerator) -> float:
-    """Mean denoising loss over the held-out faces: joined captions, 8 timestep strata, the same noise every time.
+def validate(
+    unet, scheduler, dataset: MangaFaceDataset, encoded: EncodedDataset, seed: int, accelerator
+) -> tuple[float, float]:
+    """(mean, its standard error) of the denoising loss over the held-out faces, the same noise every time.
 
-    The training loss mostly tells which timesteps were drawn; this one moves only when the weights do.
+    Joined captions, 8 timestep strata per face. The training loss mostly tells which timesteps were drawn; this one
+    moves only when the weights do. Its standard error is that of other faces, not of other noise.
     """
-    device, total = encoded.latent_mean.device, torch.zeros(())
-    for position in range(accelerator.process_index, len(dataset.validation), accelerator.num_processes):
+    device, count = encoded.latent_mean.device, len(dataset.validation)
+    of_faces = torch.zeros(count, dtype=torch.float64)
+    for position in range(accelerator.process_index, count, accelerator.num_processes):
         face, generator = dataset.validation[position], seeded(seed, 4, position)
         strata = torch.arange(VALIDATION_STRATA) + torch.rand(VALIDATION_STRATA, generator=generator)
         timesteps = (strata / VALIDATION_STRATA * scheduler.config.num_train_timesteps).long().to(device)
@@ -153,8 +158,22 @@ def validate(unet, scheduler, dataset: MangaFaceDataset, encoded: EncodedDataset
         latents = encoded.latent_mean[face].expand_as(noise)
         text_embeddings = encoded.text_embeddings[dataset.text_indices[face][-1]].expand(VALIDATION_STRATA, -1, -1)
         losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
-        total += losses.float().mean().cpu()
-    return accelerator.reduce(total.to(device), reduction="sum").item() / len(dataset.validation)
+        of_faces[position] = losses.double().mean().cpu()
+    of_faces = accelerator.reduce(of_faces.float().to(device), reduction="sum").double()
+    return of_faces.mean().item(), (of_faces.std() / math.sqrt(count)).item()
+
+
+def candidate_epochs(history: list) -> list[int]:
+    """Epochs that may be the best, earliest first: not before the validation minimum, at most three times as far, and
+    within one standard error of it. A model is often at its best somewhat after the minimum of its loss.
+
+    Args:
+        history: [epoch, validation loss, its standard error] of every epoch so far, epochs from 1.
+    """
+    if not history:
+        return []
+    minimum, lowest, error = min(history, key=lambda row: (row[1], row[0]))
+    return [epoch for epoch, loss, _ in history if minimum <= epoch <= 3 * minimum and loss <= lowest + error]
 
 
 # Memory ----------------------------------------------------------------------------------------------------------

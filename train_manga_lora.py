@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -93,7 +94,7 @@ DEMO = {  # what --demo changes; other flags apply on top
     "pretrained_model": str(HERE / "demo" / "base"),
     "resolution": 64,
     "sample_every_n_epochs": 10,
-    "learning_rate": 5e-4,  # the tiny base needs ten times SD1.5's rate
+    "learning_rate": 2e-3,  # the tiny base needs a far higher rate than SD1.5: see bench/ablation.py
     "sample_prompts": (  # words that the demo's base knows; none names a colour
         "A detailed manga face portrait of a young woman with long wavy hair, large round eyes, gentle smile",
         "A manga face portrait of a girl with twin bun hair, winking eye, big open smile, flowers in the hair",
@@ -111,6 +112,7 @@ MAY_CHANGE_ON_RESUME = {
     "cache_dir", "dry_run", "overwrite",
 }
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # the former was deleted
+LORA_FILES = ("pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors")
 MAX_BAD_STEPS = 20  # this many non-finite steps in a row are a divergence, not a loss scale that is still settling
 
 
@@ -221,8 +223,8 @@ from checkpoint import (
 )
 from dataset import EncodedDataset, InputError, MangaFaceDataset, encode_faces, encode_texts, folder_identity
 from denoising import (
-    MemoryPlan, accumulate_gradients, choose_plan, draw_window, is_out_of_memory, memory_plans, read_later, reads_late,
-    sum_over_processes, validate,
+    MemoryPlan, accumulate_gradients, candidate_epochs, choose_plan, draw_window, is_out_of_memory, memory_plans,
+    read_later, reads_late, sum_over_processes, validate,
 )
 from lora_layers import (
     GradientPenalty, LoRASelfCheckError, flatten_lora, fuse_lora, inject_lora, lora_modules, save_lora_weights,
@@ -368,7 +370,11 @@ def tell(summary: dict, state: dict, config: TrainingConfig, output: Path, say) 
         say(f"Stopped early: no better validation loss in {config.early_stopping_patience} epochs")
     if summary["val_ratio"]:
         say(f"Validation loss {summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} "
-            f"(x {summary['val_ratio']:.2f}), best epoch {summary['best_epoch']} of {summary['epochs_run']}")
+            f"(x {summary['val_ratio']:.2f}); converged after {summary['converged_epoch']} of {summary['epochs_run']} "
+            "epochs (95 % of the gain)")
+    if summary["score_lora"] is not None:
+        say(f"Quality score {summary['score_base']:.1f} -> {summary['score_lora']:.1f} of 10")
+    say(f"Best epoch: {summary['best_epoch']} of {summary['epochs_run']}, {summary['best_reason']}")
     say(f"Weight decay over the whole run: weights x {math.exp(state['total_log_decay']):.8f}")
     first_step = f", first step after {summary['first_step_s']:.0f} s" if summary["first_step_s"] else ""
     say(f"{summary['images_per_s']:.1f} images/s, peak memory {summary['peak_memory_mib']:.0f} MiB, "
@@ -378,9 +384,16 @@ def tell(summary: dict, state: dict, config: TrainingConfig, output: Path, say) 
         say(f"Now look at {output / 'before_after.png'}")
 
 
-def export(unet, weights, best, config: TrainingConfig, dataset, state: dict) -> Path:
-    """Write the best epoch's weights, and the last's to last/; each file is read back and compared before it counts."""
-    output = Path(config.output_dir)
+def converged_epoch(state: dict) -> int | None:
+    """The first epoch by which validation had gained 95 % of what it gained in all."""
+    if not state["history"]:
+        return None
+    enough = state["val_loss_start"] - 0.95 * (state["val_loss_start"] - state["val_loss_best"])
+    return next(epoch for epoch, loss, _ in state["history"] if loss <= enough)
+
+
+def save_epoch(folder: Path, unet, config: TrainingConfig, dataset, state: dict) -> None:
+    """Write this epoch's LoRA as .bin and .safetensors; each is read back and compared before it counts."""
     metadata = {
         "ss_sd_model_name": Path(config.pretrained_model).name,
         "ss_resolution": f"({config.resolution}, {config.resolution})",
@@ -390,14 +403,61 @@ def export(unet, weights, best, config: TrainingConfig, dataset, state: dict) ->
         "ss_batch_size_per_device": config.train_batch_size, "ss_mixed_precision": config.mixed_precision,
         "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
         "ss_max_grad_norm": config.max_grad_norm, "ss_caption_dropout_rate": config.caption_dropout,
+        "ss_epoch": state["epochs"],
     }
-    for folder, values, epoch in ((output / "last", weights, state["epochs"]), (output, best, state["best_epoch"])):
-        folder.mkdir(exist_ok=True)
-        weights.data.copy_(values)  # seen by every layer of the UNet
-        for suffix in (".bin", ".safetensors"):
-            path = folder / f"pytorch_lora_weights{suffix}"
-            save_lora_weights(unet, path, torch.float16, metadata | {"ss_epoch": epoch})
-    return path
+    for file in LORA_FILES:
+        save_lora_weights(unet, folder / file, torch.float16, metadata)
+
+
+def keep_candidates(folder: Path, unet, config: TrainingConfig, dataset, state: dict) -> None:
+    """Save the epoch just done if it may turn out to be the best; delete those that can't any more."""
+    wanted = {f"epoch-{epoch:03d}" for epoch in candidate_epochs(state["history"]) or [state["epochs"]]}
+    this = f"epoch-{state['epochs']:03d}"
+    if this in wanted:
+        save_epoch(folder / this, unet, config, dataset, state)
+    for old in folder.glob("epoch-*"):
+        if old.name not in wanted:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def pick_best(output: Path, config: TrainingConfig, dataset, state: dict, base: Path, device, say) -> dict:
+    """Score the candidates, export the best one's files, write best.json; returns scores for the summary.
+
+    The files are what a user loads, and are scored as such. Without pictures the lowest validation loss decides.
+    """
+    history = {epoch: (loss, error) for epoch, loss, error in state["history"]}
+    epochs = [epoch for epoch in candidate_epochs(state["history"]) or [state["epochs"]]
+              if all((output / "candidates" / f"epoch-{epoch:03d}" / file).is_file() for file in LORA_FILES)]
+    if not epochs:
+        raise Stop(3, f"{output / 'candidates'} has lost the files of epoch {state['epochs']}: start with --overwrite")
+    scored, evaluation = {}, None
+    if config.sample_prompts:
+        spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them
+        say(f"Drawing and scoring the base and epoch {', '.join(map(str, spread))} with the exported files ...")
+        evaluation = evaluate_lora.Evaluation(dataclasses.asdict(config), dataset, base, device)
+        for epoch in spread:
+            scored[epoch] = evaluation.judge(output / "candidates" / f"epoch-{epoch:03d}" / LORA_FILES[-1])
+    epoch, reason = evaluate_lora.choose_best(epochs, scored)
+    for file in LORA_FILES:
+        write_whole(output / file, (output / "candidates" / f"epoch-{epoch:03d}" / file).read_bytes())
+    best = {
+        "epoch": epoch, "step": epoch * state["step"] // state["epochs"], "val_loss": history.get(epoch, (None,))[0],
+        "score": scored[epoch].score if scored else "n/a", "reason": reason,
+        "candidates": [
+            {"epoch": e, "val_loss": history.get(e, (None, None))[0], "standard_error": history.get(e, (None, None))[1],
+             "score": scored[e].score if e in scored else "n/a",
+             "interval": scored[e].interval("points: score") if e in scored else "n/a"} for e in epochs
+        ],
+    }
+    write_whole(output / "best.json", json.dumps(best, indent=1).encode())
+    result = {"best_epoch": epoch, "best_reason": reason, "score_base": None, "score_lora": None,
+              "colourfulness_base": None, "colourfulness_lora": None}
+    if evaluation:
+        say(evaluate_lora.write_evaluation(output, evaluation, scored[epoch]))
+        for name, judgement in (("base", evaluation.of_base), ("lora", scored[epoch])):
+            result[f"score_{name}"] = judgement.score
+            result[f"colourfulness_{name}"] = judgement.mean_measure("colourfulness")
+    return result
 
 
 # Training --------------------------------------------------------------------------------------------------------
@@ -488,11 +548,10 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     scale = {"init_scale": 2.0**16} if precision == "fp16" else {"init_scale": 1.0, "growth_interval": 2**30}
     scaler = torch.amp.GradScaler(device.type, **scale)  # at scale 1 it only keeps bad steps from the weights
     penalty_of = GradientPenalty(config.penalty_factor)
-    best = weights.detach().clone()
     state = {
         "step": 0, "optimizer_steps": 0, "images_seen": 0, "bad_steps": 0, "skipped_steps": 0, "train_seconds": 0.0,
         "epochs": 0, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": 0.0, "total_log_decay": 0.0,
-        "val_loss_start": None, "val_loss_best": None, "best_epoch": 0, "epochs_without_improvement": 0,
+        "val_loss_start": None, "val_loss_best": None, "history": [], "epochs_without_improvement": 0,
         "plan": None,
     }
 
@@ -500,7 +559,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     if action == "resume":
         with accelerator.main_process_first():  # it moves damaged checkpoints aside
             tensors, state, problems = load_newest_checkpoint(output / "checkpoints")
-        restore(tensors, weights, best, optimizer, state["optimizer_steps"])
+        restore(tensors, weights, optimizer, state["optimizer_steps"])
         scaler.load_state_dict(state["scaler"])
         if config.num_train_epochs < state["epochs"] or (
             config.num_train_epochs == state["epochs"] and state["epoch_images"]
@@ -533,7 +592,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     def save() -> None:
         state["total_steps"], state["scaler"], state["plan"] = total_steps, scaler.state_dict(), vars(plan)
         if is_main:
-            tensors = gather(weights, best, optimizer)
+            tensors = gather(weights, optimizer)
             save_checkpoint(output / "checkpoints", state["step"], tensors, state, config.keep_checkpoints)
         accelerator.wait_for_everyone()
 
@@ -562,7 +621,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
 
     # Before step 1: how well the base predicts the held-out faces.
     if state["step"] == 0 and dataset.validation:
-        state["val_loss_start"] = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
+        state["val_loss_start"], _ = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
         say(f"Validation loss before training: {state['val_loss_start']:.4f}")
 
     def first_gradients(*arguments) -> torch.Tensor:
@@ -671,20 +730,21 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         state["total_log_decay"] += state["log_decay"] - left
         say(f"Epoch {epoch + 1}: Average Loss: {state['epoch_loss'] / max(1, state['epoch_images']):.4f}")
         state |= {"epochs": epoch + 1, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": left}
-        val_loss, better = None, True  # without a hold-out the latest is the best
+        better = True
         if dataset.validation:
-            val_loss = row[5] = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
+            val_loss, error = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
             if not math.isfinite(val_loss):
                 raise Stop(4, f"the validation loss after epoch {epoch + 1} is {val_loss}. Nothing was exported, the "
                               "last checkpoint stands: lower learning_rate")
             better = state["val_loss_best"] is None or val_loss < state["val_loss_best"]
             say(f"Epoch {epoch + 1}: Validation Loss: {val_loss:.4f}{' (best so far)' if better else ''}")
-        if better:
-            state |= {"best_epoch": epoch + 1, "val_loss_best": val_loss}
-            best.copy_(weights.detach())
+            row[5] = val_loss
+            state["history"].append([epoch + 1, val_loss, error])
+            state["val_loss_best"] = val_loss if better else state["val_loss_best"]
         state["epochs_without_improvement"] = 0 if better else state["epochs_without_improvement"] + 1
         if is_main:
             write_metrics(output, row, tensorboard)
+            keep_candidates(output / "candidates", unet, config, dataset, state)
         sample(epoch + 1)
         due = config.save_every_n_epochs and (epoch + 1) % config.save_every_n_epochs == 0
         if due or done(state, config):
@@ -696,29 +756,22 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     if tensorboard is not None:
         tensorboard.close()
 
-    # Export the best epoch, draw with the exported file, sum up.
+    # Keep the last epoch beside, pick the best, sum up.
     peak_mib = peak_memory_mib(device)
     summary = {}
     if is_main:
-        lora_file = export(unet, weights, best, config, dataset, state)
+        save_epoch(output / "last", unet, config, dataset, state)
         del unet, weights  # the pictures need the memory
         free_memory(device)
-        colours = {"base": None, "lora": None}
-        if config.sample_prompts:
-            say("Drawing before_after.png with the exported file ...")
-            sheet, pictures = evaluate_lora.before_and_after(output, dataset, base, device)
-            sheet.save(output / "before_after.png")
-            colours = {name: float(evaluate_lora.colourfulness(pictures[name]).mean()) for name in colours}
-            say(evaluate_lora.table(pictures))
+        picked = pick_best(output, config, dataset, state, base, device, say)
         start_loss, best_loss = state["val_loss_start"], state["val_loss_best"]
-        summary = {
-            "lora_bin": str(lora_file.with_suffix(".bin")), "lora_safetensors": str(lora_file),
-            "epochs_run": state["epochs"], "best_epoch": state["best_epoch"],
+        summary = picked | {
+            "lora_bin": str(output / LORA_FILES[0]), "lora_safetensors": str(output / LORA_FILES[1]),
+            "epochs_run": state["epochs"], "converged_epoch": converged_epoch(state),
             "stopped_epoch": state["epochs"] if state["epochs"] < config.num_train_epochs else None,
             "optimizer_steps": state["optimizer_steps"], "skipped_steps": state["skipped_steps"],
             "images_seen": state["images_seen"], "val_loss_start": start_loss, "val_loss_best": best_loss,
             "val_ratio": best_loss / start_loss if start_loss and best_loss else None,
-            "colourfulness_base": colours["base"], "colourfulness_lora": colours["lora"],
             "images_per_s": state["images_seen"] / max(state["train_seconds"], 1e-9), "peak_memory_mib": peak_mib,
             "seconds": time.time() - started, "first_step_s": first_step_seconds,
             "resumed_from_step": resumed_from_step,

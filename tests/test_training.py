@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
 
@@ -468,6 +469,8 @@ def test_a_run_leaves_exactly_the_promised_files(finished):
     assert found == {
         "config.json", "metrics.csv", "summary.json", "before_after.png", "pytorch_lora_weights.bin",
         "pytorch_lora_weights.safetensors", "last/pytorch_lora_weights.bin", "last/pytorch_lora_weights.safetensors",
+        "best.json", "scores.json", "candidates/epoch-001/pytorch_lora_weights.bin",
+        "candidates/epoch-001/pytorch_lora_weights.safetensors",
         "samples/epoch-000.png", "samples/epoch-001.png", "checkpoints/step-000003/state.safetensors",
         "checkpoints/step-000003/state.json", "checkpoints/step-000003/manifest.json",
     }
@@ -480,7 +483,7 @@ def test_the_summary_has_every_promised_field_and_they_agree(finished):
     for name in ("lora_bin", "lora_safetensors", "epochs_run", "best_epoch", "stopped_epoch", "optimizer_steps",
                  "images_seen", "val_loss_start", "val_loss_best", "val_ratio", "colourfulness_base",
                  "colourfulness_lora", "images_per_s", "peak_memory_mib", "seconds", "first_step_s",
-                 "resumed_from_step"):
+                 "resumed_from_step", "converged_epoch", "score_base", "score_lora", "best_reason"):
         assert name in summary, name
     assert (summary["epochs_run"], summary["optimizer_steps"], summary["images_seen"]) == (1, 3, 16)
     assert summary["val_ratio"] == summary["val_loss_best"] / summary["val_loss_start"]
@@ -528,7 +531,7 @@ def test_the_sheet_of_epoch_0_is_the_base_s_own_and_the_training_goes_on_as_if_i
     assert exported(again) == exported(without)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
     prompts = [{"prompt": prompt} for prompt in config.sample_prompts]
-    expected = original(pipe, prompts, 64, 2, config.guidance_scale, [config.seed])
+    expected = original(pipe, prompts, [config.seed] * 2, 64, 2, config.guidance_scale)
     assert np.abs(drawn[0].astype(int) - expected).max() <= 1
     assert np.abs(drawn[1].astype(int) - drawn[0]).max() > 1
     assert len(os.listdir(os.path.join(again.output_dir, "samples"))) == 2
@@ -665,7 +668,7 @@ def test_best_epoch_and_patience_survive_an_interruption(tiny_config, monkeypatc
         config = dataclasses.replace(tiny_config, num_train_epochs=6, early_stopping_patience=2,
                                      output_dir=f"{tiny_config.output_dir}-{interrupted}")
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "validate", lambda *_, losses=losses: next(losses))
+            patch.setattr(trainer, "validate", lambda *_, losses=losses: (next(losses), 0.01))
             if interrupted:
                 with monkeypatch.context() as inner:
                     signal_at_step(inner, 5)  # the first of epoch 3
@@ -692,7 +695,7 @@ def test_an_interruption_inside_a_library_is_not_taken_for_that_library_s_failur
 
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(tiny_config, monkeypatch):
     losses = iter([1.0, math.nan])
-    monkeypatch.setattr(trainer, "validate", lambda *_: next(losses))
+    monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.01))
     with pytest.raises(trainer.Stop, match="validation loss after epoch 1 is nan") as stop:
         run(tiny_config)
     assert stop.value.exit_code == 4
@@ -768,7 +771,7 @@ def test_a_run_with_other_constants_is_refused_naming_them(tiny_config, name, va
 
 def test_early_stopping_exports_the_best_epoch_and_keeps_the_last_beside_it(tiny_config, monkeypatch):
     losses = iter([1.0, 0.9, 0.7, 0.8, 0.75, 0.6, 0.6])  # before training, then epochs 1, 2, ...
-    monkeypatch.setattr(trainer, "validate", lambda *_: next(losses))
+    monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.01))
     summary = run(tiny_config, num_train_epochs=6, early_stopping_patience=2)
     assert (summary["best_epoch"], summary["epochs_run"], summary["stopped_epoch"]) == (2, 4, 4)
     assert (summary["val_loss_best"], summary["val_ratio"]) == (0.7, 0.7)
@@ -777,6 +780,52 @@ def test_early_stopping_exports_the_best_epoch_and_keeps_the_last_beside_it(tiny
     losses = iter([1.0, 0.9, 0.7, 0.8, 0.9, 0.9, 0.9])
     summary = run(tiny_config, num_train_epochs=6, early_stopping_patience=0, overwrite=True)
     assert (summary["best_epoch"], summary["epochs_run"]) == (2, 6) and exported(tiny_config) == best
+
+
+def test_candidates_lie_between_the_minimum_and_three_times_its_epoch_within_one_standard_error():
+    losses = [0.9, 0.6, 0.71, 0.69, 0.65, 0.7, 0.61, 0.6]
+    history = [[epoch, loss, 0.1] for epoch, loss in enumerate(losses, start=1)]
+    assert denoising.candidate_epochs(history) == [2, 4, 5, 6]  # 3 is beyond the error, 7 and 8 beyond 3 x 2
+    assert denoising.candidate_epochs(history[:1]) == [1] and denoising.candidate_epochs([]) == []
+
+
+def test_of_the_candidates_the_one_chosen_is_exported_and_best_json_says_why(tiny_config, monkeypatch, capsys):
+    losses = iter([1.0, 0.9, 0.70, 0.71, 0.79, 0.705])
+    monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.05))
+    asked = []
+
+    def choose(epochs, scored):
+        asked.append((epochs, sorted(scored)))
+        return 3, "it pleased the test"
+
+    monkeypatch.setattr(evaluate_lora, "choose_best", choose)
+    config = dataclasses.replace(tiny_config, num_train_epochs=5, early_stopping_patience=0, sample_steps=1,
+                                 sample_prompts=("a face", "another face"))  # fmt: skip
+    summary = trainer.main(config)
+    assert asked == [([2, 3, 5], [2, 3, 5])]  # each was drawn with, and scored
+    output = pathlib.Path(config.output_dir)
+    folders = sorted(path.name for path in (output / "candidates").iterdir())
+    assert folders == ["epoch-002", "epoch-003", "epoch-005"]  # no other epoch's files were kept
+    assert exported(config) == (output / "candidates" / "epoch-003" / "pytorch_lora_weights.bin").read_bytes()
+    assert exported(config) != exported(config, "last/pytorch_lora_weights.bin")
+    best = json.loads((output / "best.json").read_text())
+    assert (best["epoch"], best["step"], best["val_loss"], best["reason"]) == (3, 6, 0.71, "it pleased the test")
+    assert [row["epoch"] for row in best["candidates"]] == [2, 3, 5]
+    assert [row["val_loss"] for row in best["candidates"]] == [0.70, 0.71, 0.705]
+    assert best["score"] == best["candidates"][1]["score"] == summary["score_lora"]
+    printed = capsys.readouterr().out
+    assert "Best epoch: 3 of 5, it pleased the test" in printed
+    assert "converged after 2 of 5 epochs" in printed  # 95 % of 0.3 are gained at 0.715
+    assert f"Quality score {summary['score_base']:.1f} -> {summary['score_lora']:.1f} of 10" in printed
+
+
+def test_without_pictures_there_is_no_score_and_the_lowest_validation_loss_decides(tiny_config, monkeypatch):
+    losses = iter([1.0, 0.9, 0.7, 0.71])
+    monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.05))
+    summary = run(tiny_config)
+    best = json.loads(pathlib.Path(tiny_config.output_dir, "best.json").read_text())
+    assert (best["epoch"], best["score"], summary["score_lora"]) == (2, "n/a", None)
+    assert not os.path.exists(os.path.join(tiny_config.output_dir, "scores.json"))
 
 
 def test_a_loss_that_is_not_finite_stops_with_exit_code_4_and_exports_nothing(tiny_config, monkeypatch):

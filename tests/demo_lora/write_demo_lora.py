@@ -1,0 +1,34 @@
+"""Trains the two LoRAs beside it, which test_evaluate.py puts in order: minutes on two cores.
+
+    python tests/demo_lora/write_demo_lora.py
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+import train_manga_lora as trainer  # noqa: E402
+from lora_layers import save_lora_weights  # noqa: E402
+
+RANK = 4  # the demo's 16 would be four times the file
+EPOCHS = {"quarter": 2, "finished": 8}  # the demo's 30 add little to the score
+
+
+def keep(folder, unet, config, dataset, state):
+    for name, epoch in EPOCHS.items():
+        if state["epochs"] == epoch:
+            save_lora_weights(unet, HERE / f"{name}.safetensors", torch.float16, {"ss_epoch": epoch})
+    keep_candidates(folder, unet, config, dataset, state)
+
+
+if __name__ == "__main__":
+    keep_candidates = trainer.keep_candidates
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(trainer, "keep_candidates", keep):
+        changes = {"demo": True, "output_dir": str(Path(folder, "out")), "lora_rank": RANK, "lora_alpha": 2 * RANK,
+                   "num_train_epochs": EPOCHS["finished"], "sample_prompts": ()}  # fmt: skip
+        trainer.main(trainer.TrainingConfig(**trainer.DEMO | changes))
