@@ -1,0 +1,385 @@
+"""What does each ingredient do? The demo is trained again and again, with one thing changed, from several seeds.
+
+    python bench/ablation.py                            stage 1, 3 seeds: hours on two cores; goes on where it stopped
+    python bench/ablation.py --rows baseline,lr_x2 --seeds 1
+    python bench/ablation.py --stage 2 --epochs 30      the rest, at full length
+    python bench/ablation.py --table                    the committed results as markdown
+
+A row changes constants, or swaps a function of the trainer's modules for another: what didn't earn its place needs no
+flag. Everything else is equal, the seeds included, so each row is compared with the baseline seed by seed. Of each
+run the exported file is scored: validation loss, the pictures' quality score, and whether they show what 288 prompts
+asked for, by attribute. Everything is kept in bench/.work, so an interrupted ablation loses minutes.
+"""
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+WORK, RESULTS = ROOT / "bench" / ".work", ROOT / "bench" / "results" / "ablation"
+
+ATTRIBUTE_PROMPTS = 288  # each attribute is asked for in half of them
+RARE, COMMON = ("beard", "flowers", "freckles"), ("glasses", "earrings", "smile", "long hair")
+SAMPLE_STEPS = 15  # denoising steps: the demo's 25 look the same, and pictures take most of the time
+SAMPLE_SEED = 0  # of the pictures, whatever the training's: only the LoRA differs between runs
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # two-sided 95 % of Student's t, by degrees of freedom
+
+
+# Swaps: each returns [(module, name, what stands in its place)] ------------------------------------------------------
+
+
+def lora_plus(ratio: float) -> list:
+    """LoRA+ (Hayou et al. 2024): B learns `ratio` times as fast as A. Adam's step is proportional to its rate."""
+    import torch
+
+    import lora_layers
+    import train_manga_lora as trainer
+
+    flatten, step, rates = trainer.flatten_lora, trainer.clip_and_step, {}
+
+    def flatten_and_mark(unet):
+        vector = flatten(unet)
+        of_ends = [torch.full((weight.numel(),), 1.0 if number % 2 == 0 else ratio)  # down, up, down, up, ...
+                   for number, weight in enumerate(lora_layers.lora_parameters(unet))]  # fmt: skip
+        rates[vector] = torch.cat(of_ends).to(vector.device)
+        return vector
+
+    def step_at_two_rates(optimizer, scaler, weights, max_grad_norm):
+        before = weights.detach().clone()
+        finite = step(optimizer, scaler, weights, max_grad_norm)
+        weights.data.copy_(before + rates[weights] * (weights.data - before))
+        return finite
+
+    return [(trainer, "flatten_lora", flatten_and_mark), (trainer, "clip_and_step", step_at_two_rates)]
+
+
+def decay(low: float, high: float) -> list:
+    """Weight decay beyond what the constants allow: the sum of the learning rates is only about 0.2."""
+    import train_manga_lora
+
+    def decay_at(epoch, config):
+        return low + (high - low) * epoch / config.num_train_epochs
+
+    return [(train_manga_lora, "weight_decay_at", decay_at)]
+
+
+def redraw(change: Callable) -> list:
+    """draw_window, and then what `change(window, number of timesteps, generator)` says is to be replaced."""
+    import denoising
+    import train_manga_lora
+
+    draw = train_manga_lora.draw_window
+
+    def draw_and_change(dataset, positions, seed, step, latent_shape, num_timesteps, dropout):
+        window = draw(dataset, positions, seed, step, latent_shape, num_timesteps, dropout)
+        return dataclasses.replace(window, **change(window, num_timesteps, denoising.seeded(seed, 99, step)))
+
+    return [(train_manga_lora, "draw_window", draw_and_change)]
+
+
+def uniform_timesteps() -> list:
+    """Independent timesteps, instead of one from each n-th of the schedule."""
+    import torch
+
+    def timesteps(window, count, generator):
+        return {"timesteps": torch.randint(count, (len(window),), generator=generator)}
+
+    return redraw(timesteps)
+
+
+def min_snr(gamma: float) -> list:
+    """Min-SNR weighting (Hang et al. 2023), for noise prediction: min(SNR, gamma) / SNR."""
+    import torch
+    from diffusers import DDPMScheduler
+
+    kept = DDPMScheduler.from_pretrained(ROOT / "demo" / "base" / "scheduler").alphas_cumprod
+    weights = torch.clamp(gamma / (kept / (1 - kept)), max=1)
+    return redraw(lambda window, *_: {"loss_weights": window.loss_weights * weights[window.timesteps]})
+
+
+def texts(part: slice) -> list:
+    """Draw only some of a face's texts: its captions come first, all of them joined last."""
+    import train_manga_lora
+
+    draw = train_manga_lora.draw_window
+
+    def draw_some(dataset, *arguments):
+        dataset = copy.copy(dataset)
+        dataset.text_indices = [indices[part] for indices in dataset.text_indices]
+        return draw(dataset, *arguments)
+
+    return [(train_manga_lora, "draw_window", draw_some)]
+
+
+def draw_rare_faces(times: float) -> list:
+    """Not TF-IDF but an oracle: faces with one of RARE are `times` as rare as all others, before the clip."""
+    import numpy as np
+
+    import dataset
+
+    def rarities(self):
+        captions = [" ".join(self.samples[face].captions) for face in self.train]
+        return np.array([times if any(word in text for word in RARE) else 1.0 for text in captions])
+
+    return [(dataset.MangaFaceDataset, "_rarities", rarities)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One change to the demo's training."""
+
+    stage: int
+    says: str
+    constants: dict = dataclasses.field(default_factory=dict)
+    swap: Callable[[], list] = list
+
+
+RATE = 5e-4
+BASELINE = {"learning_rate": RATE}  # what a row changes is changed from here
+ROWS = {
+    "baseline": Row(1, "learning rate 5e-4"),
+    "weighting_off": Row(1, "every face once per epoch", {"weighting": "off"}),
+    "weighting_loss": Row(1, "rarity acts on the loss, not on the drawing", {"weighting": "loss"}),
+    "rare_drawn_more": Row(1, "an oracle: faces with a beard, flowers, freckles get weight 2",
+                           swap=lambda: draw_rare_faces(4)),
+    "no_penalty": Row(1, "penalty_factor 0", {"penalty_factor": 0.0}),
+    "penalty_x10": Row(1, "penalty_factor 1e-4", {"penalty_factor": 1e-4}),
+    "no_decay": Row(1, "no weight decay", {"min_weight_decay": 0.0, "max_weight_decay": 0.0}),
+    "decay_x1e4": Row(1, "weight decay 0.1 to 0.999", {"min_weight_decay": 0.1, "max_weight_decay": 0.999}),
+    "decay_x1e5": Row(1, "weight decay 1 to 10", swap=lambda: decay(1.0, 10.0)),
+    "lora_plus_4": Row(1, "LoRA+: B learns 4 times as fast as A", swap=lambda: lora_plus(4)),
+    "lr_x2": Row(1, "learning rate 1e-3", {"learning_rate": 2 * RATE}),
+    "lr_x4": Row(1, "learning rate 2e-3", {"learning_rate": 4 * RATE}),
+    "lr_x8": Row(2, "learning rate 4e-3", {"learning_rate": 8 * RATE}),
+    "lora_plus_16": Row(2, "LoRA+: B learns 16 times as fast as A", swap=lambda: lora_plus(16)),
+    "lr_x05": Row(2, "learning rate 2.5e-4", {"learning_rate": RATE / 2}),
+    "no_dropout": Row(2, "caption dropout off", {"caption_dropout": 0.0}),
+    "uniform_timesteps": Row(2, "independent timesteps", swap=uniform_timesteps),
+    "min_snr_5": Row(2, "min-SNR weighting, gamma 5", swap=lambda: min_snr(5.0)),
+    "joined_captions": Row(2, "only the joined captions", swap=lambda: texts(slice(-1, None))),
+    "single_captions": Row(2, "only single captions", swap=lambda: texts(slice(None, -1))),
+}
+
+
+# One run ---------------------------------------------------------------------------------------------------------
+
+
+def train(row: str, seed: int, epochs: int, folder: Path) -> dict:
+    """Train (or go on, or find it done) and return summary.json with the validation losses of all epochs."""
+    import train_manga_lora
+    from checkpoint import load_newest_checkpoint
+
+    constants = train_manga_lora.DEMO | {
+        "demo": True, "output_dir": str(folder), "seed": seed, "num_train_epochs": epochs, "sample_prompts": (),
+        "early_stopping_patience": 0, "cache_dir": str(WORK / "cache"), "keep_checkpoints": 1,
+    } | BASELINE | ROWS[row].constants  # fmt: skip
+    with ExitStack() as swapped:
+        for module, name, new in ROWS[row].swap():
+            swapped.enter_context(mock.patch.object(module, name, new))
+        try:
+            summary = train_manga_lora.main(train_manga_lora.TrainingConfig(**constants))
+        except train_manga_lora.Stop as stop:  # no Exception, which a pool of processes would wait for in vain
+            raise RuntimeError(f"{row}, seed {seed}: {stop}") from stop
+    _, state, _ = load_newest_checkpoint(folder / "checkpoints")
+    return summary | {"history": state["history"]}
+
+
+EVALUATION = []  # of this process: the base's pictures and the faces are the same for all runs
+
+
+def evaluation():
+    """The demo's, but with 288 prompts that ask for attributes."""
+    if not EVALUATION:
+        import torch
+
+        import evaluate_lora
+        import train_manga_lora
+        from dataset import MangaFaceDataset
+
+        demo = train_manga_lora.DEMO | {"demo": True, "seed": SAMPLE_SEED, "sample_steps": SAMPLE_STEPS,
+                                        "cache_dir": str(WORK / "cache")}  # fmt: skip
+        constants = dataclasses.asdict(train_manga_lora.TrainingConfig(**demo))
+        faces = MangaFaceDataset(constants["dataset_dir"], constants["json_file"], constants["resolution"])
+        with mock.patch.object(evaluate_lora, "MAX_ATTRIBUTE_PROMPTS", ATTRIBUTE_PROMPTS):
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            EVALUATION.append(evaluate_lora.Evaluation(constants, faces, Path(constants["pretrained_model"]), device))
+    return EVALUATION[0]
+
+
+def run(job: tuple[str, int, int, Path]) -> dict:
+    """Train and score one row from one seed, unless that is done already."""
+    import numpy as np
+
+    row, seed, epochs, folder = job
+    file = folder / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    started, pictures = time.time(), folder / "pictures.npz"  # kept: scoring may change, drawing takes long
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        summary = train(row, seed, epochs, folder / "run")
+        if not pictures.is_file():
+            judgement = evaluation().judge(Path(summary["lora_safetensors"]))
+            np.savez_compressed(pictures, pictures=judgement.evidence.pixels)
+        judgement = evaluation().judge_pictures(np.load(pictures)["pictures"])
+    accuracy = {name: judgement.value[f"adherence: {name}"] for name in (*RARE, *COMMON)}
+    result = {
+        "row": row, "seed": seed, "epochs": epochs, "steps": summary["optimizer_steps"],
+        "val_losses": [summary["val_loss_start"], *(loss for _, loss, _ in summary["history"])],
+        "score": judgement.score, "parts": {name: judgement.value[f"points: {name}"] for name in
+                                            ("style", "set distance", "adherence", "novelty", "diversity")},
+        "accuracy": accuracy,
+        "rare": statistics.fmean(accuracy[name] for name in RARE),
+        "common": statistics.fmean(accuracy[name] for name in COMMON),
+        "seconds": time.time() - started,
+    }  # fmt: skip
+    file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+# The table -------------------------------------------------------------------------------------------------------
+
+
+def steps_to(losses: list[float], target: float, steps: int) -> float:
+    """Optimizer steps after which the validation loss first reaches `target`, between epochs linearly; inf if never."""
+    per_epoch = steps / (len(losses) - 1)
+    for epoch, (before, after) in enumerate(itertools.pairwise(losses)):
+        if after <= target:
+            return per_epoch * (epoch + (before - target) / (before - after))
+    return math.inf
+
+
+def summarize(results: list[dict]) -> list[dict]:
+    """Per row and figure: mean over seeds, and mean and half the 95 % interval of the difference to the baseline."""
+    base = {result["seed"]: result for result in results if result["row"] == "baseline"}
+    rows = []
+    for name in ROWS:
+        runs = [result for result in results if result["row"] == name and result["seed"] in base]
+        if not runs:
+            continue
+        line = {"row": name, "seeds": len(runs)}
+        for figure, of in {
+            "val_loss": lambda r: min(r["val_losses"][1:]), "score": lambda r: r["score"], "rare": lambda r: r["rare"],
+            "common": lambda r: r["common"],
+            "steps": lambda r: steps_to(r["val_losses"], base[r["seed"]]["val_losses"][-1], r["steps"]) / r["steps"],
+        }.items():  # fmt: skip
+            values = [of(result) for result in runs]
+            differences = [of(result) - of(base[result["seed"]]) for result in runs]
+            known = [d for d in differences if math.isfinite(d)]
+            reached, half = len(known) == len(runs), math.nan
+            if len(known) > 1:
+                half = T_95[len(known) - 1] * statistics.stdev(known) / math.sqrt(len(known))
+            line[figure] = {"mean": statistics.fmean(values) if reached else None,
+                            "difference": statistics.fmean(known) if reached else None,
+                            "half_interval": half if reached and math.isfinite(half) else None}  # fmt: skip
+        rows.append(line)
+    return rows
+
+
+def results_table(paths: list[Path]) -> str:
+    """The result files as markdown, the committed form of which stands in README.md."""
+    tables = []
+    for path in paths:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        head = ["row", "what is changed", "validation loss", "score, 0 to 10", "rare attributes", "common attributes",
+                "steps to the baseline's loss"]
+        lines = [head, ["---"] * len(head)]
+        for row in summarize(content["runs"]):
+            cells = []
+            for figure, digits, unit in (("val_loss", 5, 1), ("score", 2, 1), ("rare", 1, 100), ("common", 1, 100)):
+                cell = row[figure]
+                text = f"{unit * cell['mean']:.{digits}f}"
+                if row["row"] != "baseline":
+                    half = f" ± {unit * cell['half_interval']:.{digits}f}" if cell["half_interval"] is not None else ""
+                    text += f" ({unit * cell['difference']:+.{digits}f}{half})"
+                cells.append(text)
+            reached = row["steps"]["mean"]
+            cells.append("not reached" if reached is None else f"x {reached:.2f}")
+            lines.append([row["row"], ROWS[row["row"]].says, *cells])
+        seeds = len({run["seed"] for run in content["runs"]})
+        pictures, epochs = content["pictures"], content["epochs"]
+        tables.append(f"{content['device']}; {epochs} epochs, {seeds} seeds, {pictures} pictures a run; torch "
+                      f"{content['versions']['torch']}; {content['date']}, commit {content['commit']}:\n\n"
+                      + "\n".join("| " + " | ".join(line) + " |" for line in lines))  # fmt: skip
+    return "\n\n".join(tables)
+
+
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--rows", help="names, with commas; default: all of the stage, and the baseline")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, 2, ...")
+    parser.add_argument("--epochs", type=int, default=10, help="of each run; 10 is a third of the demo's")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, help="default: bench/results/ablation/stage1.json")
+    parser.add_argument("--table", action="store_true", help="print the committed results and do nothing else")
+    args = parser.parse_args(words)
+    stage = [name for name, row in ROWS.items() if row.stage == args.stage]
+    args.rows = args.rows.split(",") if args.rows else stage
+    for name in args.rows:
+        if name not in ROWS:
+            parser.error(f"--rows: {name!r} is not one of {', '.join(ROWS)}")
+    if not 1 <= args.seeds <= 5:
+        parser.error("--seeds must be 1 to 5")
+    if args.epochs < 1 or args.processes < 1:
+        parser.error("--epochs and --processes must be at least 1")
+    args.rows = list(dict.fromkeys(["baseline", *args.rows]))  # what all others are compared with
+    args.out = args.out or RESULTS / f"stage{args.stage}.json"
+    return args
+
+
+def start_worker(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def main(words: list[str]) -> None:
+    args = parse_arguments(words)
+    if args.table:
+        print(results_table(sorted(RESULTS.glob("*.json"))))
+        return
+    from bench_training import describe_machine, git_commit
+
+    jobs = [(row, seed, args.epochs, WORK / f"{args.epochs}-epochs" / f"{row}-seed{seed}")
+            for seed in range(args.seeds) for row in args.rows]  # fmt: skip
+    results = []
+    threads = max(1, (os.cpu_count() or 1) // args.processes)
+    with multiprocessing.get_context("spawn").Pool(args.processes, start_worker, (threads,)) as pool:
+        for result in pool.imap_unordered(run, jobs):
+            results.append(result)
+            print(f"{time.strftime('%H:%M:%S')} {len(results)}/{len(jobs)} {result['row']} seed {result['seed']}: "
+                  f"validation loss {min(result['val_losses'][1:]):.5f}, score {result['score']:.2f}, "
+                  f"rare {result['rare']:.3f}, common {result['common']:.3f}, {result['seconds']:.0f} s", flush=True)
+    device, _ = describe_machine("cpu")
+    results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
+    content = {
+        "device": device, "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
+        "date": time.strftime("%Y-%m-%d"), "commit": git_commit(),
+        "command": shlex.join(["python", "bench/ablation.py", *words]),
+        "epochs": args.epochs, "pictures": 40 + ATTRIBUTE_PROMPTS, "summary": summarize(results), "runs": results,
+    }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(results_table([args.out]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,185 @@
+"""The ablation: each swap does what its row says, and nothing but that; the table follows from the runs.
+
+    python -m pytest tests/test_ablation.py
+"""
+
+import dataclasses
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import denoising
+import train_manga_lora as trainer
+from base_model import load_unet
+from dataset import MangaFaceDataset
+from lora_layers import inject_lora, lora_parameters
+
+sys.path.insert(0, str(ROOT / "bench"))
+import ablation
+
+
+def swapped(monkeypatch, swap: list) -> None:
+    for module, name, new in swap:
+        monkeypatch.setattr(module, name, new)
+
+
+@pytest.fixture
+def faces(shared_faces):
+    return MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64)
+
+
+def window(dataset, step=3):
+    return trainer.draw_window(dataset, range(8), 0, step, (4, 16, 16), 1000, 0.0)
+
+
+def test_lora_plus_equals_adamw_with_two_groups_of_parameters(tiny_base, monkeypatch):
+    def lora_unet():
+        unet, _ = load_unet(tiny_base, torch.device("cpu"), torch.float32)
+        torch.manual_seed(0)
+        inject_lora(unet, 4, 8)
+        return unet
+
+    unet, reference = lora_unet(), lora_unet()
+    swapped(monkeypatch, ablation.lora_plus(4))
+    weights, own = trainer.flatten_lora(unet), lora_parameters(reference)
+    start = weights.detach().clone()
+    optimizer = torch.optim.AdamW([weights], lr=1e-3, weight_decay=0.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**30)
+    groups = [{"params": own[0::2], "lr": 1e-3}, {"params": own[1::2], "lr": 4e-3}]  # down, up, down, up, ...
+    expected = torch.optim.AdamW(groups, weight_decay=0.0)
+    for step in range(3):
+        gradient = torch.randn(len(weights), generator=torch.Generator().manual_seed(step))
+        weights.grad.copy_(gradient)
+        for weight, values in zip(own, gradient.split([w.numel() for w in own]), strict=True):
+            weight.grad = values.view_as(weight).clone()
+        assert trainer.clip_and_step(optimizer, scaler, weights, 0.0)
+        expected.step()
+    assert torch.allclose(weights, torch.cat([w.flatten() for w in own]), rtol=0, atol=1e-6)
+    assert (weights - start).abs().max() > 0.01
+    before = weights.detach().clone()
+    weights.grad.fill_(math.nan)
+    assert not trainer.clip_and_step(optimizer, scaler, weights, 0.0)
+    assert weights.equal(before)
+
+
+def test_uniform_timesteps_change_the_timesteps_and_leave_their_strata(faces, monkeypatch):
+    before = [window(faces, step) for step in range(20)]
+    swapped(monkeypatch, ablation.uniform_timesteps())
+    after = [window(faces, step) for step in range(20)]
+    for old, new in zip(before, after, strict=True):
+        assert sorted(old.timesteps // 125) == list(range(8))  # one of each eighth
+        for name in ("faces", "texts", "noise", "posterior_noise", "loss_weights"):
+            assert getattr(old, name).equal(getattr(new, name)), name
+    assert any(sorted(new.timesteps.tolist()[i] // 125 for i in range(8)) != list(range(8)) for new in after)
+    drawn = torch.cat([new.timesteps for new in after]).float()
+    assert drawn.min() >= 0 and drawn.max() < 1000 and 400 < drawn.mean() < 600
+
+
+def test_min_snr_weighs_noise_prediction_by_min_of_snr_and_gamma_over_snr(faces, monkeypatch):
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    before = window(faces)
+    swapped(monkeypatch, ablation.min_snr(5.0))
+    after = window(faces)
+    scheduler = DDPMScheduler.from_pretrained(ROOT / "demo" / "base" / "scheduler")
+    snr = compute_snr(scheduler, before.timesteps)
+    assert torch.allclose(after.loss_weights, before.loss_weights * torch.clamp(snr, max=5.0) / snr, rtol=1e-5)
+    assert after.loss_weights.min() < 0.5 < after.loss_weights.max() == 1
+
+
+@pytest.mark.parametrize("row, joined", [("joined_captions", True), ("single_captions", False)])
+def test_caption_rows_draw_only_their_kind_and_validation_still_reads_the_joined_text(faces, monkeypatch, row, joined):
+    before = [list(indices) for indices in faces.text_indices]
+    swapped(monkeypatch, ablation.ROWS[row].swap())
+    for step in range(20):
+        drawn = window(faces, step)
+        for face, text in zip(drawn.faces.tolist(), drawn.texts.tolist(), strict=True):
+            assert (text == before[face][-1]) == joined and text in before[face]
+    assert faces.text_indices == before
+
+
+def test_decay_beyond_the_constants_and_oracle_weights_are_what_their_rows_say(monkeypatch, shared_faces):
+    config = trainer.TrainingConfig(num_train_epochs=4)
+    swapped(monkeypatch, ablation.ROWS["decay_x1e5"].swap())
+    assert [trainer.weight_decay_at(epoch, config) for epoch in range(4)] == [1.0, 3.25, 5.5, 7.75]
+    swapped(monkeypatch, ablation.ROWS["rare_drawn_more"].swap())
+    faces = MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64)
+    captions = [" ".join(faces.samples[face].captions) for face in faces.train]
+    rare = np.array([any(word in text for word in ablation.RARE) for text in captions])
+    assert rare.any() and len(set(faces.weights[rare])) == len(set(faces.weights[~rare])) == 1
+    assert faces.weights[rare][0] == pytest.approx(2.0) and faces.weights[~rare][0] < 1
+    assert faces.weights.mean() == pytest.approx(1)
+
+
+def test_constants_of_all_rows_are_constants_of_the_trainer():
+    names = {field.name for field in dataclasses.fields(trainer.TrainingConfig)}
+    for row in ablation.ROWS.values():
+        assert row.constants.keys() <= names
+        trainer.check_config(trainer.TrainingConfig(**trainer.DEMO | row.constants))
+
+
+def test_steps_to_a_loss_are_counted_between_epochs_linearly():
+    losses = [1.0, 0.8, 0.6, 0.5]
+    assert ablation.steps_to(losses, 0.7, 30) == pytest.approx(15)
+    assert ablation.steps_to(losses, 0.5, 30) == pytest.approx(30)
+    assert ablation.steps_to(losses, 0.49, 30) == math.inf
+
+
+def result(row, seed, losses, **figures):
+    return {"row": row, "seed": seed, "steps": 20, "val_losses": losses} | figures
+
+
+def test_rows_are_compared_with_the_baseline_seed_by_seed():
+    figures = {"score": 5.0, "rare": 0.7, "common": 0.7}
+    runs = [result("baseline", seed, [1.0, 0.8, 0.6 + 0.1 * seed], **figures) for seed in range(3)]
+    runs += [result("lr_x2", seed, [1.0, 0.6 + 0.1 * seed, 0.5 + 0.1 * seed], **figures | {"rare": rare})
+             for seed, rare in enumerate((0.8, 0.81, 0.82))]  # fmt: skip
+    runs += [result("no_decay", seed, [1.0, 0.9, 0.85], **figures) for seed in range(3)]
+    rows = {row["row"]: row for row in ablation.summarize(runs)}
+    faster = rows["lr_x2"]
+    assert faster["val_loss"]["difference"] == pytest.approx(-0.1)
+    assert faster["val_loss"]["half_interval"] == pytest.approx(0, abs=1e-9)  # seeds differ, their differences don't
+    assert faster["rare"]["difference"] == pytest.approx(0.11)
+    assert faster["rare"]["half_interval"] == pytest.approx(4.303 * 0.01 / math.sqrt(3))
+    assert faster["steps"]["mean"] == pytest.approx(0.5)
+    assert rows["no_decay"]["steps"]["mean"] is None  # never got there
+
+
+def test_a_run_trains_with_its_swap_scores_and_is_not_repeated(tiny_base, shared_faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "DEMO", trainer.DEMO | {
+        "dataset_dir": str(shared_faces), "json_file": str(shared_faces / "modified_face_250.json"),
+        "pretrained_model": str(tiny_base), "lora_rank": 4, "lora_alpha": 8, "sample_prompts": ("a manga face",)})
+    for name, value in {"WORK": tmp_path, "ATTRIBUTE_PROMPTS": 32, "SAMPLE_STEPS": 1, "EVALUATION": []}.items():
+        monkeypatch.setattr(ablation, name, value)
+    jobs = {row: (row, 0, 2, tmp_path / row) for row in ("baseline", "min_snr_5")}
+    results = {row: ablation.run(job) for row, job in jobs.items()}
+    assert trainer.draw_window is denoising.draw_window  # the swap was put back
+    assert results["baseline"]["val_losses"][0] == results["min_snr_5"]["val_losses"][0]
+    assert results["baseline"]["val_losses"][1:] != results["min_snr_5"]["val_losses"][1:]
+    assert len(results["baseline"]["val_losses"]) == 3 and 0 <= results["baseline"]["rare"] <= 1
+    assert "Validation Loss" in (tmp_path / "baseline" / "log.txt").read_text(encoding="utf-8")
+    monkeypatch.setattr(ablation, "train", lambda *_: pytest.fail("trained again"))
+    assert ablation.run(jobs["baseline"]) == results["baseline"]
+    (tmp_path / "baseline" / "result.json").unlink()  # the score changed: pictures and training are still there
+    monkeypatch.undo()
+    monkeypatch.setattr(ablation, "EVALUATION", [])
+
+
+@pytest.mark.parametrize("words", [["--rows", "nothing"], ["--seeds", "0"], ["--epochs", "0"], ["--stage", "3"]])
+def test_bad_arguments_end_with_exit_code_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ablation.parse_arguments(words)
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_the_committed_results_are_those_of_all_rows_of_stage_1():
+    content = json.loads((ROOT / "bench" / "results" / "ablation" / "stage1.json").read_text(encoding="utf-8"))
+    assert {run["row"] for run in content["runs"]} == {name for name, row in ablation.ROWS.items() if row.stage == 1}
+    assert content["pictures"] >= 288
+    assert ablation.summarize(content["runs"]) == content["summary"]
