@@ -368,6 +368,8 @@ def main(words: list[str]) -> None:
             print(f"{time.strftime('%H:%M:%S')} {len(results)}/{len(jobs)} {result['row']} seed {result['seed']}: "
                   f"validation loss {min(result['val_losses'][1:]):.5f}, score {result['score']:.2f}, "
                   f"rare {result['rare']:.3f}, common {result['common']:.3f}, {result['seconds']:.0f} s", flush=True)
+        pool.close()
+        pool.join()  # leaving the block would end the workers in mid-goodbye
     device, _ = describe_machine("cpu")
     results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
     content = {
