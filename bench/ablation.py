@@ -161,6 +161,7 @@ ROWS = {
                            swap=lambda: draw_rare_faces(4)),
     "no_penalty": Row(1, "penalty_factor 0", {"penalty_factor": 0.0}),
     "penalty_x10": Row(1, "penalty_factor 1e-4", {"penalty_factor": 1e-4}),
+    "penalty_x01": Row(2, "penalty_factor 1e-6", {"penalty_factor": 1e-6}),
     "no_decay": Row(1, "no weight decay", {"min_weight_decay": 0.0, "max_weight_decay": 0.0}),
     "decay_x1e4": Row(1, "weight decay 0.1 to 0.999", {"min_weight_decay": 0.1, "max_weight_decay": 0.999}),
     "decay_x1e5": Row(1, "weight decay 1 to 10", swap=lambda: decay(1.0, 10.0)),
