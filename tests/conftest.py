@@ -15,6 +15,34 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 torch.set_num_threads(1)  # faster for models of this size, and cores may be busy
 
 
+# Promises: tests marked promise("...") are counted by what they promise, with all the cases that each of them tries ---
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", type=Path, help="write what was tried per promise to this JSON file, if all passed")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for marker in item.iter_markers("promise"):
+            item.user_properties.append(("promise", marker.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    counts = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            properties = dict(report.user_properties)
+            if "promise" in properties and report.when == "call":
+                count = counts.setdefault(properties["promise"], {"passed": 0, "failed": 0})
+                count[outcome] += properties.get("cases", 1)  # record_property("cases", n): n in one test
+    for promise, count in sorted(counts.items()):
+        terminalreporter.write_line(f"{promise}: {sum(count.values())} cases tried, {count['failed']} failed")
+    if config.getoption("--record") and exitstatus == 0:
+        content = {promise: count["passed"] for promise, count in sorted(counts.items())}
+        config.getoption("--record").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A diffusers folder of 1 MB: 64 -> 16 x 16 latents, 16 transformer blocks, random weights, two-layer CLIP."""
