@@ -30,6 +30,7 @@ PIXELS_PER_PASS = 2**20  # drawn at a time: 4 pictures of 512 x 512, 8 at the mo
 MAX_CAPTIONS = 24  # held-out captions that are drawn
 MAX_ATTRIBUTE_PROMPTS = 64  # of the demo's 288
 MAX_FACES = 500  # training faces that pictures are held against
+EXACT_COPY = 0.01  # latents nearer than this are of one picture: copies in a data set must not make copies look usual
 RESAMPLES = 300  # of the bootstrap
 LINE_ART = {  # measure: the least spread (standard deviation) that a distance is divided by
     "colourfulness": 5.0,
@@ -44,7 +45,7 @@ POINTS = {"style": 3, "set distance": 2, "adherence": 3, "novelty": 1, "diversit
 
 
 def luma(pictures: np.ndarray) -> np.ndarray:
-    """Brightness in [0, 1] (Rec. 601). Shape: (n, H, W, 3) -> (n, H, W)."""
+    """Brightness in [0, 1] (Rec. 601). Shape: (..., 3) -> (...)."""
     return pictures.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
 
 
@@ -75,15 +76,23 @@ def edge_strength(pictures: np.ndarray) -> np.ndarray:
 def measure(pictures: np.ndarray) -> dict[str, np.ndarray]:
     """Every measure of LINE_ART of these pictures (n, H, W, 3) uint8; each (n,)."""
     functions = (colourfulness, ink_share, bilevel_share, edge_strength)
-    return dict(zip(LINE_ART, (function(pictures) for function in functions), strict=True))
+    parts = [pictures[start : start + 16] for start in range(0, len(pictures), 16)]  # each takes 50 times its memory
+    each = (np.concatenate([function(part) for part in parts]) for function in functions)
+    return dict(zip(LINE_ART, each, strict=True))
 
 
 # Features and distances ---------------------------------------------------------------------------------------------
 
 
 def pairwise_distances(pictures: np.ndarray) -> np.ndarray:
-    """Root mean square of the difference in brightness, in [0, 1]. Shape: (n, H, W, 3) uint8 -> (n, n)."""
-    flat = luma(pictures).reshape(len(pictures), -1)
+    """Root mean square of the difference in brightness, in [0, 1]. Shape: (n, H, W, 3) uint8 -> (n, n).
+
+    Pictures of more than 128 pixels a side are averaged down to that or less.
+    """
+    block = -(-pictures.shape[1] // 128)
+    side = pictures.shape[1] // block
+    grey = (luma(picture[: side * block, : side * block]) for picture in pictures)
+    flat = np.stack([one.reshape(side, block, side, block).mean(axis=(1, 3)).ravel() for one in grey])
     squares = (flat**2).sum(axis=1)
     return np.sqrt(np.maximum(squares[:, None] + squares - 2 * flat @ flat.T, 0) / flat.shape[1])
 
@@ -125,6 +134,7 @@ ATTRIBUTES = ("glasses", "earrings", "beard", "flowers", "freckles", "smile", "l
 
 def asked_for(text: str) -> list[float]:
     """Which of ATTRIBUTES a prompt or caption asks for: 1 yes, 0 no (unmentioned), NaN open. For the demo's words."""
+    text = text.lower()
     beard = float("beard" in text)
     smile = math.nan if beard else 0.0 if "sad" in text else 1.0 if re.search("smile|grin|smirk", text) else math.nan
     long = 1.0 if re.search(r"\blong\b", text) else 0.0 if re.search(r"\bshort\b", text) else math.nan
@@ -154,13 +164,14 @@ def load_attribute_network(folder: Path) -> tuple[torch.nn.Module, dict[str, flo
         return network, json.loads(file.metadata()["balanced_accuracy"])
 
 
-def find_clip():
-    """A CLIP (Radford et al. 2021) in the hub's cache on this machine, as (tokenizer, model), or None."""
+def find_clip(device: torch.device):
+    """A CLIP (Radford et al. 2021) in the hub's cache on this machine, as (tokenizer, model on the device), or None."""
     from transformers import CLIPModel, CLIPTokenizer
 
     for name in ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"):
         try:
-            return tuple(kind.from_pretrained(name, local_files_only=True) for kind in (CLIPTokenizer, CLIPModel))
+            tokenizer = CLIPTokenizer.from_pretrained(name, local_files_only=True)
+            return tokenizer, CLIPModel.from_pretrained(name, local_files_only=True).eval().to(device)
         except (OSError, ValueError):
             continue
     return None
@@ -168,7 +179,10 @@ def find_clip():
 
 @torch.no_grad()
 def clip_margins(clip, pictures: np.ndarray, texts: list[str]) -> np.ndarray:
-    """CLIP's cosine of each picture and its text, less the mean of its cosines with the other texts. Shape: (n,)."""
+    """CLIP's cosine of each picture and its text, less the mean of its cosines with the other texts. Shape: (n,).
+
+    NaN if there are no other texts.
+    """
     tokenizer, model = clip
     size = model.config.vision_config.image_size
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in
@@ -177,14 +191,13 @@ def clip_margins(clip, pictures: np.ndarray, texts: list[str]) -> np.ndarray:
     pixels = [(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std for image in resized]
     different = sorted(set(texts))
     ids = tokenizer(different, padding=True, truncation=True, max_length=77, return_tensors="pt")
-    of_texts = model.text_projection(model.text_model(**ids).pooler_output)
-    of_pictures = torch.cat([
-        model.visual_projection(model.vision_model(pixel_values=torch.stack(pixels[start : start + 8])).pooler_output)
-        for start in range(0, len(pixels), 8)
-    ])  # fmt: skip
-    cosines = (torch.nn.functional.normalize(of_pictures) @ torch.nn.functional.normalize(of_texts).T).double().numpy()
+    of_texts = model.text_projection(model.text_model(**{k: v.to(model.device) for k, v in ids.items()}).pooler_output)
+    parts = (torch.stack(pixels[start : start + 8]).to(model.device) for start in range(0, len(pixels), 8))
+    of_pictures = torch.cat([model.visual_projection(model.vision_model(pixel_values=p).pooler_output) for p in parts])
+    cosines = torch.nn.functional.normalize(of_pictures) @ torch.nn.functional.normalize(of_texts).T
+    cosines = cosines.double().cpu().numpy()
     own = cosines[np.arange(len(texts)), [different.index(text) for text in texts]]
-    return own - (cosines.sum(axis=1) - own) / max(1, len(different) - 1)
+    return own - (cosines.sum(axis=1) - own) / (len(different) - 1 or math.nan)
 
 
 # The score -------------------------------------------------------------------------------------------------------
@@ -192,14 +205,15 @@ def clip_margins(clip, pictures: np.ndarray, texts: list[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Faces:
-    """What generated pictures are held against: the training faces, at most MAX_FACES of them."""
+    """What generated pictures are held against: all training faces, or m of them, at most MAX_FACES."""
 
-    names: list[str]
+    names: list[str]  # of all
+    latents: np.ndarray  # (all, D) float32: posterior means
+    chosen: np.ndarray  # (m,) positions among all
     pixels: np.ndarray  # (m, H, W, 3) uint8
-    latents: np.ndarray  # (m, D) float32: posterior means
     measures: dict[str, np.ndarray]  # each (m,)
-    copy_distance: float  # nearer to a face than this is a copy of it
-    diversity: float  # mean pairwise distance
+    copy_distance: float  # nearer to a face than this is a copy of it; NaN with fewer than two faces
+    diversity: float  # mean pairwise distance; NaN with fewer than two faces
     clip_margin: float  # mean of clip_margins, NaN without a CLIP
 
 
@@ -214,7 +228,7 @@ class Evidence:
     texts: list[str]  # (n,) their prompts
     measures: dict[str, np.ndarray]  # each (p,)
     kernels: dict[str, tuple[np.ndarray, np.ndarray, float]]  # feature: k(i, j), mean k(i, faces), mean k(faces, faces)
-    nearest: np.ndarray  # (p,) the face whose latents are nearest, the picture or its mirror image
+    nearest: np.ndarray  # (p,) the face, of all, whose latents are nearest, the picture or its mirror image
     nearest_distance: np.ndarray  # (p,)
     distances: np.ndarray  # (p, p) pairwise_distances where the prompt is the same, else NaN
     asked: np.ndarray | None  # (n, a) attributes asked for: 1, 0, NaN
@@ -236,16 +250,18 @@ def latent_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def gather_faces(dataset, constants: dict, vae, vae_identity: str, clip) -> Faces:
     """Read, encode and measure the training faces."""
     chosen = np.linspace(0, len(dataset.train) - 1, min(MAX_FACES, len(dataset.train))).round().astype(int)
-    chosen = [dataset.train[position] for position in chosen]
-    pixels = np.stack([face_pixels(dataset, index) for index in chosen])
-    latents = encode_faces(dataset, constants["cache_dir"], vae_identity, lambda: vae)[0][chosen].flatten(1).numpy()
-    own = latent_distances(latents, latents) + np.diag(np.full(len(latents), np.inf))
-    texts = [dataset.samples[index].texts[-1] for index in chosen]
+    pixels = np.stack([face_pixels(dataset, dataset.train[position]) for position in chosen])
+    latents, _ = encode_faces(dataset, constants["cache_dir"], vae_identity, lambda: vae)
+    latents = latents[dataset.train].flatten(1).numpy()
+    own = latent_distances(latents[chosen], latents)
+    to_neighbours = np.where(own > EXACT_COPY, own, np.inf).min(axis=1)
+    to_neighbours = to_neighbours[np.isfinite(to_neighbours)]
+    texts = [dataset.samples[dataset.train[position]].texts[-1] for position in chosen]
+    others = pairwise_distances(pixels)[~np.eye(len(pixels), dtype=bool)]
     return Faces(
-        [dataset.samples[index].name for index in chosen], pixels, latents, measure(pixels),
-        # Half the usual distance of two neighbours: exact copies in the data set must not make copies look usual.
-        copy_distance=float(np.median(own.min(axis=1)) / 2),
-        diversity=float(pairwise_distances(pixels)[~np.eye(len(pixels), dtype=bool)].mean()),
+        [dataset.samples[index].name for index in dataset.train], latents, chosen, pixels, measure(pixels),
+        copy_distance=float(np.median(to_neighbours)) / 2 if len(to_neighbours) else math.nan,
+        diversity=float(others.mean()) if len(others) else math.nan,
         clip_margin=float(clip_margins(clip, pixels, texts).mean()) if clip else math.nan,
     )  # fmt: skip
 
@@ -273,7 +289,7 @@ def gather_evidence(pixels: np.ndarray, texts: list[str], portraits: int, faces:
     )
     kernels = {}
     for name, own, other in (
-        ("latents", latents, faces.latents),
+        ("latents", latents, faces.latents[faces.chosen]),
         ("strokes", stroke_directions(own_pixels), stroke_directions(faces.pixels)),
     ):
         centre, spread = other.mean(axis=0), other.std(axis=0)
@@ -313,11 +329,12 @@ def values(evidence: Evidence, faces: Faces, weights: np.ndarray) -> dict[str, f
         accuracy = balanced_accuracy(evidence.says, evidence.asked, weights)
         result |= {f"adherence: {name}": float(value) for name, value in zip(ATTRIBUTES, accuracy, strict=True)}
         result["adherence"] = float(np.nanmean(accuracy)) if np.isfinite(accuracy).any() else math.nan
-    elif evidence.clip_margins is not None:
+    elif evidence.clip_margins is not None and faces.clip_margin > 0:  # else CLIP can't read these faces
         result["adherence"] = float(weights @ evidence.clip_margins / weights.sum() / faces.clip_margin)
     else:
         result["adherence"] = math.nan
-    result["novelty"] = float(some @ (evidence.nearest_distance >= faces.copy_distance) / some.sum())
+    new = float(some @ (evidence.nearest_distance >= faces.copy_distance) / some.sum())
+    result["novelty"] = new if math.isfinite(faces.copy_distance) else math.nan
     pairs = pairs * np.isfinite(evidence.distances)
     spread = (pairs * np.nan_to_num(evidence.distances)).sum() / pairs.sum() if pairs.sum() else math.nan
     result["diversity"] = float(spread / faces.diversity)
@@ -394,7 +411,7 @@ class Judgement:
         share = self.value["points: set distance"]
         result["set distance"] = "n/a" if not math.isfinite(share) else {
             "value": share, "interval": self.interval("points: set distance"), "n": prompts["portraits"],
-            "points": 2 * share, "of": 2}  # fmt: skip
+            "points": POINTS["set distance"] * share, "of": POINTS["set distance"]}  # fmt: skip
         copies = np.flatnonzero(self.evidence.nearest_distance < faces.copy_distance)
         result["copies"] = [
             {"prompt": self.evidence.texts[i], "face": faces.names[self.evidence.nearest[i]],
@@ -532,7 +549,7 @@ class Evaluation:
         if constants["demo"]:
             self.network, self.network_accuracy = load_attribute_network(HERE / "demo" / "attributes")
         else:
-            self.clip = find_clip()
+            self.clip = find_clip(device)
         self.faces = gather_faces(dataset, constants, self.pipe.vae, folder_identity(base / "vae"), self.clip)
         self.jobs, self.portraits = evaluation_prompts(dataset, constants)
         self.base = self._evidence(self._draw())
@@ -578,12 +595,12 @@ class Evaluation:
 
     def sheet(self, lora: Judgement) -> Image.Image:
         """Per prompt: the base's picture, the LoRA's, and the training face nearest to that."""
-        rows, each = [], self.constants["samples_per_prompt"]
-        for number in range(0, each * len(self.constants["sample_prompts"]), each):
-            nearest = self.faces.pixels[lora.evidence.nearest[number]]
-            rows.append([self.base.pixels[number], lora.evidence.pixels[number], nearest])
-        titles = ["base", "LoRA", "nearest training face"]
-        return contact_sheet(rows, titles, list(self.constants["sample_prompts"]))
+        prompts, each = len(self.constants["sample_prompts"]), self.constants["samples_per_prompt"]
+        shown = range(0, each * prompts, each) if prompts else range(min(8, self.portraits))
+        rows = [[self.base.pixels[number], lora.evidence.pixels[number],
+                 face_pixels(self.dataset, self.dataset.train[lora.evidence.nearest[number]])]
+                for number in shown]  # fmt: skip
+        return contact_sheet(rows, ["base", "LoRA", "nearest training face"], [self.jobs[n][0] for n in shown])
 
     def scores(self, lora: Judgement, held_out: Judgement | None) -> dict:
         """What scores.json holds."""
@@ -649,9 +666,10 @@ def main(arguments: list[str]) -> None:
     constants = run["constants"]
     names = ("dataset_dir", "json_file", "resolution", "weighting", "weight_min", "weight_max", "validation_share")
     dataset = MangaFaceDataset(**{name: constants[name] for name in names})
+    if dataset.fingerprint != run["data"]:
+        raise InputError(f"--lora {folder}: the faces or captions in {constants['dataset_dir']} have changed since the "
+                         "training, so a score would mean nothing: put them back")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not constants["sample_prompts"]:
-        raise InputError(f"--lora {folder}: the run had no sample_prompts, so there is nothing to draw")
     evaluation = Evaluation(constants, dataset, Path(run["base"]), device)
     print(write_evaluation(folder, evaluation, evaluation.judge(lora_file)))
 

@@ -369,9 +369,10 @@ def tell(summary: dict, state: dict, config: TrainingConfig, output: Path, say) 
     if summary["stopped_epoch"]:
         say(f"Stopped early: no better validation loss in {config.early_stopping_patience} epochs")
     if summary["val_ratio"]:
+        gained = f"converged after {summary['converged_epoch']} of {summary['epochs_run']} epochs (95 % of the gain)"
         say(f"Validation loss {summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} "
-            f"(x {summary['val_ratio']:.2f}); converged after {summary['converged_epoch']} of {summary['epochs_run']} "
-            "epochs (95 % of the gain)")
+            f"(x {summary['val_ratio']:.2f}); "
+            + (gained if summary["converged_epoch"] else "never below the base's: lower learning_rate"))
     if summary["score_lora"] is not None:
         say(f"Quality score {summary['score_base']:.1f} -> {summary['score_lora']:.1f} of 10")
     say(f"Best epoch: {summary['best_epoch']} of {summary['epochs_run']}, {summary['best_reason']}")
@@ -386,7 +387,7 @@ def tell(summary: dict, state: dict, config: TrainingConfig, output: Path, say) 
 
 def converged_epoch(state: dict) -> int | None:
     """The first epoch by which validation had gained 95 % of what it gained in all."""
-    if not state["history"]:
+    if not state["history"] or state["val_loss_best"] >= state["val_loss_start"]:
         return None
     enough = state["val_loss_start"] - 0.95 * (state["val_loss_start"] - state["val_loss_best"])
     return next(epoch for epoch, loss, _ in state["history"] if loss <= enough)
@@ -433,18 +434,24 @@ def pick_best(output: Path, config: TrainingConfig, dataset, state: dict, base: 
     scored, evaluation = {}, None
     if config.sample_prompts:
         spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them
-        say(f"Drawing and scoring the base and epoch {', '.join(map(str, spread))} with the exported files ...")
+        jobs, _ = evaluate_lora.evaluation_prompts(dataset, dataclasses.asdict(config))
+        say(f"Drawing and scoring {len(jobs)} pictures each of the base and epoch {', '.join(map(str, spread))}, with "
+            "the exported files ...")
         evaluation = evaluate_lora.Evaluation(dataclasses.asdict(config), dataset, base, device)
         for epoch in spread:
             scored[epoch] = evaluation.judge(output / "candidates" / f"epoch-{epoch:03d}" / LORA_FILES[-1])
     epoch, reason = evaluate_lora.choose_best(epochs, scored)
+    if not history:
+        reason = "the last: without held-out faces there is nothing to choose by"
+    elif epochs == [state["epochs"]]:
+        reason = "the lowest validation loss, and the last: more epochs may be better still"
     for file in LORA_FILES:
         write_whole(output / file, (output / "candidates" / f"epoch-{epoch:03d}" / file).read_bytes())
     best = {
-        "epoch": epoch, "step": epoch * state["step"] // state["epochs"], "val_loss": history.get(epoch, (None,))[0],
+        "epoch": epoch, "step": epoch * state["step"] // state["epochs"], "val_loss": history.get(epoch, ("n/a",))[0],
         "score": scored[epoch].score if scored else "n/a", "reason": reason,
         "candidates": [
-            {"epoch": e, "val_loss": history.get(e, (None, None))[0], "standard_error": history.get(e, (None, None))[1],
+            {"epoch": e, "val_loss": history.get(e, ("n/a",))[0], "standard_error": history.get(e, ("n/a",))[-1],
              "score": scored[e].score if e in scored else "n/a",
              "interval": scored[e].interval("points: score") if e in scored else "n/a"} for e in epochs
         ],

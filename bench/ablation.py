@@ -2,7 +2,8 @@
 
     python bench/ablation.py                            stage 1, 3 seeds: hours on two cores; goes on where it stopped
     python bench/ablation.py --rows baseline,lr_x2 --seeds 1
-    python bench/ablation.py --stage 2 --epochs 30      the rest, at full length
+    python bench/ablation.py --stage 2                  the rest
+    python bench/ablation.py --rate 2e-3 --rows no_penalty --out FILE.json    from another learning rate
     python bench/ablation.py --table                    the committed results as markdown
 
 A row changes constants, or swaps a function of the trainer's modules for another: what didn't earn its place needs no
@@ -148,13 +149,12 @@ class Row:
     stage: int
     says: str
     constants: dict = dataclasses.field(default_factory=dict)
+    rate: float = 1.0  # times the baseline's learning rate
     swap: Callable[[], list] = list
 
 
-RATE = 5e-4
-BASELINE = {"learning_rate": RATE}  # what a row changes is changed from here
 ROWS = {
-    "baseline": Row(1, "learning rate 5e-4"),
+    "baseline": Row(1, "nothing"),
     "weighting_off": Row(1, "every face once per epoch", {"weighting": "off"}),
     "weighting_loss": Row(1, "rarity acts on the loss, not on the drawing", {"weighting": "loss"}),
     "rare_drawn_more": Row(1, "an oracle: faces with a beard, flowers, freckles get weight 2",
@@ -166,11 +166,11 @@ ROWS = {
     "decay_x1e4": Row(1, "weight decay 0.1 to 0.999", {"min_weight_decay": 0.1, "max_weight_decay": 0.999}),
     "decay_x1e5": Row(1, "weight decay 1 to 10", swap=lambda: decay(1.0, 10.0)),
     "lora_plus_4": Row(1, "LoRA+: B learns 4 times as fast as A", swap=lambda: lora_plus(4)),
-    "lr_x2": Row(1, "learning rate 1e-3", {"learning_rate": 2 * RATE}),
-    "lr_x4": Row(1, "learning rate 2e-3", {"learning_rate": 4 * RATE}),
-    "lr_x8": Row(2, "learning rate 4e-3", {"learning_rate": 8 * RATE}),
+    "lr_x2": Row(1, "learning rate x 2", rate=2),
+    "lr_x4": Row(1, "learning rate x 4", rate=4),
+    "lr_x8": Row(2, "learning rate x 8", rate=8),
     "lora_plus_16": Row(2, "LoRA+: B learns 16 times as fast as A", swap=lambda: lora_plus(16)),
-    "lr_x05": Row(2, "learning rate 2.5e-4", {"learning_rate": RATE / 2}),
+    "lr_x05": Row(2, "learning rate x 0.5", rate=0.5),
     "no_dropout": Row(2, "caption dropout off", {"caption_dropout": 0.0}),
     "uniform_timesteps": Row(2, "independent timesteps", swap=uniform_timesteps),
     "min_snr_5": Row(2, "min-SNR weighting, gamma 5", swap=lambda: min_snr(5.0)),
@@ -182,7 +182,7 @@ ROWS = {
 # One run ---------------------------------------------------------------------------------------------------------
 
 
-def train(row: str, seed: int, epochs: int, folder: Path) -> dict:
+def train(row: str, seed: int, epochs: int, rate: float, folder: Path) -> dict:
     """Train (or go on, or find it done) and return summary.json with the validation losses of all epochs."""
     import train_manga_lora
     from checkpoint import load_newest_checkpoint
@@ -190,7 +190,8 @@ def train(row: str, seed: int, epochs: int, folder: Path) -> dict:
     constants = train_manga_lora.DEMO | {
         "demo": True, "output_dir": str(folder), "seed": seed, "num_train_epochs": epochs, "sample_prompts": (),
         "early_stopping_patience": 0, "cache_dir": str(WORK / "cache"), "keep_checkpoints": 1,
-    } | BASELINE | ROWS[row].constants  # fmt: skip
+        "learning_rate": rate * ROWS[row].rate,
+    } | ROWS[row].constants  # fmt: skip
     with ExitStack() as swapped:
         for module, name, new in ROWS[row].swap():
             swapped.enter_context(mock.patch.object(module, name, new))
@@ -224,25 +225,31 @@ def evaluation():
     return EVALUATION[0]
 
 
-def run(job: tuple[str, int, int, Path]) -> dict:
+def run(job: tuple[str, int, int, float, Path]) -> dict:
     """Train and score one row from one seed, unless that is done already."""
     import numpy as np
+    from bench_training import git_commit
 
-    row, seed, epochs, folder = job
+    row, seed, epochs, rate, folder = job
     file = folder / "result.json"
+    drawn = {"learning_rate": rate, "sample_steps": SAMPLE_STEPS, "prompts": ATTRIBUTE_PROMPTS}
     if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["drawn"] != drawn:
+            raise RuntimeError(f"{file} is of {result['drawn']}, not of {drawn}: delete {folder}")
+        return result
     started, pictures = time.time(), folder / "pictures.npz"  # kept: scoring may change, drawing takes long
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        summary = train(row, seed, epochs, folder / "run")
+        summary = train(row, seed, epochs, rate, folder / "run")
         if not pictures.is_file():
             judgement = evaluation().judge(Path(summary["lora_safetensors"]))
             np.savez_compressed(pictures, pictures=judgement.evidence.pixels)
         judgement = evaluation().judge_pictures(np.load(pictures)["pictures"])
     accuracy = {name: judgement.value[f"adherence: {name}"] for name in (*RARE, *COMMON)}
     result = {
-        "row": row, "seed": seed, "epochs": epochs, "steps": summary["optimizer_steps"],
+        "row": row, "seed": seed, "epochs": epochs, "drawn": drawn, "commit": git_commit(),
+        "steps": summary["optimizer_steps"],
         "val_losses": [summary["val_loss_start"], *(loss for _, loss, _ in summary["history"])],
         "score": judgement.score, "parts": {name: judgement.value[f"points: {name}"] for name in
                                             ("style", "set distance", "adherence", "novelty", "diversity")},
@@ -284,12 +291,13 @@ def summarize(results: list[dict]) -> list[dict]:
             values = [of(result) for result in runs]
             differences = [of(result) - of(base[result["seed"]]) for result in runs]
             known = [d for d in differences if math.isfinite(d)]
-            reached, half = len(known) == len(runs), math.nan
+            reached, half = len(known) == len(runs), math.nan  # by all
             if len(known) > 1:
                 half = T_95[len(known) - 1] * statistics.stdev(known) / math.sqrt(len(known))
             line[figure] = {"mean": statistics.fmean(values) if reached else None,
                             "difference": statistics.fmean(known) if reached else None,
-                            "half_interval": half if reached and math.isfinite(half) else None}  # fmt: skip
+                            "half_interval": half if reached and math.isfinite(half) else None,
+                            "known": len(known)}  # fmt: skip
         rows.append(line)
     return rows
 
@@ -311,13 +319,14 @@ def results_table(paths: list[Path]) -> str:
                     half = f" ± {unit * cell['half_interval']:.{digits}f}" if cell["half_interval"] is not None else ""
                     text += f" ({unit * cell['difference']:+.{digits}f}{half})"
                 cells.append(text)
-            reached = row["steps"]["mean"]
-            cells.append("not reached" if reached is None else f"x {reached:.2f}")
+            reached, by = row["steps"]["mean"], row["steps"]["known"]
+            cells.append(f"x {reached:.2f}" if reached is not None else f"by {by} of {row['seeds']}" if by else "never")
             lines.append([row["row"], ROWS[row["row"]].says, *cells])
         seeds = len({run["seed"] for run in content["runs"]})
         pictures, epochs = content["pictures"], content["epochs"]
-        tables.append(f"{content['device']}; {epochs} epochs, {seeds} seeds, {pictures} pictures a run; torch "
-                      f"{content['versions']['torch']}; {content['date']}, commit {content['commit']}:\n\n"
+        tables.append(f"{content['device']}; {epochs} epochs from learning rate {content['learning_rate']:g}, {seeds} "
+                      f"seeds, {pictures} pictures a run; torch {content['versions']['torch']}; {content['date']}, "
+                      f"commit {', '.join(content['commits'])}:\n\n"
                       + "\n".join("| " + " | ".join(line) + " |" for line in lines))  # fmt: skip
     return "\n\n".join(tables)
 
@@ -328,6 +337,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", help="names, with commas; default: all of the stage, and the baseline")
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, 2, ...")
     parser.add_argument("--epochs", type=int, default=10, help="of each run; 10 is a third of the demo's")
+    parser.add_argument("--rate", type=float, default=5e-4, help="the baseline's learning rate")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, help="default: bench/results/ablation/stage1.json")
     parser.add_argument("--table", action="store_true", help="print the committed results and do nothing else")
@@ -339,8 +349,8 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
             parser.error(f"--rows: {name!r} is not one of {', '.join(ROWS)}")
     if not 1 <= args.seeds <= 5:
         parser.error("--seeds must be 1 to 5")
-    if args.epochs < 1 or args.processes < 1:
-        parser.error("--epochs and --processes must be at least 1")
+    if args.epochs < 1 or args.processes < 1 or not 0 < args.rate < 1:
+        parser.error("--epochs and --processes must be at least 1, --rate above 0 and below 1")
     args.rows = list(dict.fromkeys(["baseline", *args.rows]))  # what all others are compared with
     args.out = args.out or RESULTS / f"stage{args.stage}.json"
     return args
@@ -357,9 +367,10 @@ def main(words: list[str]) -> None:
     if args.table:
         print(results_table(sorted(RESULTS.glob("*.json"))))
         return
-    from bench_training import describe_machine, git_commit
+    from bench_training import describe_machine
 
-    jobs = [(row, seed, args.epochs, WORK / f"{args.epochs}-epochs" / f"{row}-seed{seed}")
+    work = WORK / f"{args.epochs}-epochs-{args.rate:g}"
+    jobs = [(row, seed, args.epochs, args.rate, work / f"{row}-seed{seed}")
             for seed in range(args.seeds) for row in args.rows]  # fmt: skip
     results = []
     threads = max(1, (os.cpu_count() or 1) // args.processes)
@@ -375,9 +386,10 @@ def main(words: list[str]) -> None:
     results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
     content = {
         "device": device, "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
-        "date": time.strftime("%Y-%m-%d"), "commit": git_commit(),
+        "date": time.strftime("%Y-%m-%d"), "commits": sorted({result["commit"] for result in results}),
         "command": shlex.join(["python", "bench/ablation.py", *words]),
-        "epochs": args.epochs, "pictures": 40 + ATTRIBUTE_PROMPTS, "summary": summarize(results), "runs": results,
+        "epochs": args.epochs, "learning_rate": args.rate, "pictures": 40 + ATTRIBUTE_PROMPTS,
+        "summary": summarize(results), "runs": results,
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

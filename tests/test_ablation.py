@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 
 import denoising
+import evaluate_lora
 import train_manga_lora as trainer
 from base_model import load_unet
 from dataset import MangaFaceDataset
@@ -157,18 +158,24 @@ def test_a_run_trains_with_its_swap_scores_and_is_not_repeated(tiny_base, shared
         "pretrained_model": str(tiny_base), "lora_rank": 4, "lora_alpha": 8, "sample_prompts": ("a manga face",)})
     for name, value in {"WORK": tmp_path, "ATTRIBUTE_PROMPTS": 32, "SAMPLE_STEPS": 1, "EVALUATION": []}.items():
         monkeypatch.setattr(ablation, name, value)
-    jobs = {row: (row, 0, 2, tmp_path / row) for row in ("baseline", "min_snr_5")}
+    jobs = {row: (row, 0, 2, 1e-3, tmp_path / row) for row in ("baseline", "min_snr_5")}
     results = {row: ablation.run(job) for row, job in jobs.items()}
     assert trainer.draw_window is denoising.draw_window  # the swap was put back
     assert results["baseline"]["val_losses"][0] == results["min_snr_5"]["val_losses"][0]
     assert results["baseline"]["val_losses"][1:] != results["min_snr_5"]["val_losses"][1:]
     assert len(results["baseline"]["val_losses"]) == 3 and 0 <= results["baseline"]["rare"] <= 1
     assert "Validation Loss" in (tmp_path / "baseline" / "log.txt").read_text(encoding="utf-8")
+    train = ablation.train
     monkeypatch.setattr(ablation, "train", lambda *_: pytest.fail("trained again"))
     assert ablation.run(jobs["baseline"]) == results["baseline"]
+    with pytest.raises(RuntimeError, match="delete"), monkeypatch.context() as patch:
+        patch.setattr(ablation, "SAMPLE_STEPS", 2)  # pictures of other settings are never mixed in
+        ablation.run(jobs["baseline"])
     (tmp_path / "baseline" / "result.json").unlink()  # the score changed: pictures and training are still there
-    monkeypatch.undo()
-    monkeypatch.setattr(ablation, "EVALUATION", [])
+    monkeypatch.setattr(ablation, "train", train)
+    monkeypatch.setattr(evaluate_lora.Evaluation, "judge", lambda *_: pytest.fail("drawn again"))
+    again = ablation.run(jobs["baseline"])
+    assert again | {"seconds": 0} == results["baseline"] | {"seconds": 0}
 
 
 @pytest.mark.parametrize("words", [["--rows", "nothing"], ["--seeds", "0"], ["--epochs", "0"], ["--stage", "3"]])

@@ -267,6 +267,30 @@ def test_resized_compressed_and_mirrored_pictures_stay_on_one_side_and_different
     assert any(held_out.issuperset(group) for group in faces.alike)
 
 
+def test_one_picture_many_times_over_is_never_the_hold_out(tmp_path):
+    for number in range(4):  # whichever of the hashes comes first
+        faces = make_faces(tmp_path / str(number), [COMMON] * 40)
+        with Image.open(faces.samples[number].path) as opened:
+            picture = opened.convert("RGB")
+        for copy in range(10, 40):
+            changed = picture.copy()
+            red, green, blue = picture.getpixel((copy % 8, copy // 8))
+            changed.putpixel((copy % 8, copy // 8), (red ^ 1, green, blue))
+            changed.save(faces.dataset_dir / f"face{copy:03d}.png")
+        faces = MangaFaceDataset(faces.dataset_dir, faces.json_file, 8)
+        many = max(faces.alike, key=len)
+        assert len(many) >= 30 and len(faces.validation) == 4 and not set(many) & set(faces.validation)
+
+
+def test_pictures_without_contrast_are_not_all_taken_for_one(tmp_path):
+    faces = make_faces(tmp_path, [COMMON] * 30)
+    rng = np.random.default_rng(0)
+    for sample in faces.samples:
+        grey = Image.fromarray(rng.integers(90, 130, (4, 4), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        grey.convert("RGB").save(sample.path)
+    assert not MangaFaceDataset(faces.dataset_dir, faces.json_file, 8).alike
+
+
 # Pixels ----------------------------------------------------------------------------------------------------------
 
 

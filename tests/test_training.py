@@ -828,6 +828,41 @@ def test_without_pictures_there_is_no_score_and_the_lowest_validation_loss_decid
     assert not os.path.exists(os.path.join(tiny_config.output_dir, "scores.json"))
 
 
+def test_a_training_that_never_beats_the_base_ends_and_says_so(tiny_config, monkeypatch, capsys):
+    losses = iter([1.0, 1.2, 1.1, 1.3])
+    monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.05))
+    summary = run(tiny_config)
+    assert (summary["converged_epoch"], summary["best_epoch"]) == (None, 2)
+    assert "never below the base's: lower learning_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share, losses, reason", [
+    (0.0, [], "the last: without held-out faces there is nothing to choose by"),
+    (0.1, [1.0, 0.9, 0.8, 0.7], "the lowest validation loss, and the last: more epochs may be better still"),
+    (0.1, [1.0, 0.7, 0.8, 0.9], "the only candidate: no later epoch is within a standard error"),
+])  # fmt: skip
+def test_the_reason_given_for_the_best_epoch_is_the_real_one(tiny_config, monkeypatch, share, losses, reason):
+    losses = iter(losses)
+    monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.01))
+    summary = run(tiny_config, validation_share=share)
+    assert summary["best_reason"].startswith(reason)
+    best = json.loads(pathlib.Path(tiny_config.output_dir, "best.json").read_text())
+    assert best["reason"] == summary["best_reason"] and (best["val_loss"] == "n/a") == (share == 0)
+
+
+def test_a_folder_trained_without_prompts_can_be_scored_and_one_whose_faces_changed_can_not(tiny_config, faces, capsys):
+    run(tiny_config, num_train_epochs=1, sample_steps=1)
+    evaluate_lora.main(["--lora", tiny_config.output_dir])
+    assert "quality score, 0 to 10" in capsys.readouterr().out
+    scores = json.loads(pathlib.Path(tiny_config.output_dir, "scores.json").read_text())
+    assert scores["lora"]["diversity"] == "n/a" and scores["lora"]["novelty"]["n"] == 4  # captions of held-out faces
+    entries = json.loads((faces / "modified_face_250.json").read_text())
+    entries[3]["captions"] = ["another"]
+    (faces / "modified_face_250.json").write_text(json.dumps(entries))
+    with pytest.raises(InputError, match="have changed since the training"):
+        evaluate_lora.main(["--lora", tiny_config.output_dir])
+
+
 def test_a_loss_that_is_not_finite_stops_with_exit_code_4_and_exports_nothing(tiny_config, monkeypatch):
     original, calls = denoising.denoising_losses, []
 
