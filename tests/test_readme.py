@@ -17,7 +17,7 @@ SCRIPT = (ROOT / "train_manga_lora.py").read_text(encoding="utf-8")
 LAUNCH_FLAGS = {  # of accelerate launch
     "num_processes", "multi_gpu", "cpu", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
 }
-BENCH_FLAGS = {"model", "rows", "steps", "warmup"}
+BENCH_FLAGS = {"model", "rows", "steps", "warmup", "stage", "rate", "seeds", "out"}
 OTHER_FLAGS = {"lora", "index-url", "help"} | LAUNCH_FLAGS | BENCH_FLAGS  # of evaluate_lora.py, pip and argparse
 ORIGINAL_SNIPPET = """\
 from diffusers import StableDiffusionPipeline
@@ -197,12 +197,20 @@ def test_tables_of_speed_are_those_of_the_result_files():
     assert bench_scale.table(scale) in README, "bench_scale.py --table prints it"
 
 
+def test_tables_of_the_ablation_are_those_of_the_result_files():
+    sys.path.insert(0, str(ROOT / "bench"))
+    import ablation
+
+    table = ablation.results_table(sorted((ROOT / "bench" / "results" / "ablation").glob("*.json")))
+    assert table in README, "python bench/ablation.py --table prints it"
+
+
 def test_every_figure_is_measured():
     assert re.findall(r"MEASURE\([^)]*\)", README) == []
 
 
 def test_readme_is_plain():
-    assert len(README.splitlines()) <= 500
+    assert len(README.splitlines()) <= 650
     assert re.findall("[\U0001f300-\U0001faff\u2600-\u27bf]", README) == []
 
 
