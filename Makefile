@@ -12,7 +12,7 @@ demo: .venv/installed
 
 test: .venv/installed-tests
 	.venv/bin/ruff check .
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest -n auto --dist loadfile
 
 test-long: .venv/installed-tests
 	$(VENV_PYTHON) -m pytest -m long
@@ -25,5 +25,5 @@ test-long: .venv/installed-tests
 	touch $@
 
 .venv/installed-tests: .venv/installed
-	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt pytest ruff
+	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt pytest pytest-xdist ruff
 	touch $@

@@ -248,17 +248,14 @@ def test_the_highest_score_wins_and_what_it_beats_by_no_more_than_chance_wins_if
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
     """(evaluation, judgements of the LoRA after a quarter of its epochs and after all, of held-out faces)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     constants = train_manga_lora.DEMO | {
-        "demo": True, "sample_steps": 15, "cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "demo": True, "sample_steps": 10, "cache_dir": str(tmp_path_factory.mktemp("cache")),
     }  # fmt: skip
     constants = dataclasses.asdict(train_manga_lora.TrainingConfig(**constants))
     faces = MangaFaceDataset(constants["dataset_dir"], constants["json_file"], constants["resolution"])
     evaluation = evaluate_lora.Evaluation(constants, faces, ROOT / "demo" / "base", torch.device("cpu"))
     quarter, finished = (evaluation.judge(DEMO_LORA / f"{name}.safetensors") for name in ("quarter", "finished"))
-    yield evaluation, quarter, finished, evaluation.judge_held_out()
-    torch.set_num_threads(threads)
+    return evaluation, quarter, finished, evaluation.judge_held_out()
 
 
 def apart(better, worse, name="points: score") -> bool:
