@@ -25,5 +25,5 @@ test-long: .venv/installed-tests
 	touch $@
 
 .venv/installed-tests: .venv/installed
-	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt pytest ruff
+	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt pytest ruff hypothesis
 	touch $@
