@@ -4,10 +4,12 @@ diffusers and transformers are imported where they are needed: together they cos
 """
 
 import json
+import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+
+from denoising import is_out_of_memory
 
 PARTS = {
     "unet": "config.json",
@@ -34,7 +36,7 @@ def find_base(pretrained_model: str) -> Path:
     """The base as a local diffusers folder; a hub id is downloaded once, into the hub's own cache.
 
     Raises:
-        BaseModelError: neither a folder nor a repository that can be reached, or parts are missing.
+        BaseModelError: neither a folder nor a repository that can be reached, or parts are missing or no JSON.
     """
     folder = Path(pretrained_model)
     if not folder.is_dir():
@@ -51,7 +53,15 @@ def find_base(pretrained_model: str) -> Path:
             raise BaseModelError(
                 f"pretrained_model={pretrained_model!r} is no diffusers folder: it lacks {Path(part, file)}"
             )
+        _read_config(folder / part / file)
     return folder
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise BaseModelError(f"the base's {path} is damaged: get the base again") from None
 
 
 def check_resolution(resolution: int, base: Path) -> None:
@@ -62,11 +72,11 @@ def check_resolution(resolution: int, base: Path) -> None:
     """
     halvings = 0
     for part in ("vae", "unet"):
-        try:
-            config = json.loads((base / part / "config.json").read_text(encoding="utf-8"))
-            halvings += len(config["block_out_channels"]) - 1
-        except (ValueError, KeyError, TypeError):
-            raise BaseModelError(f"the base's {base / part / 'config.json'} is damaged: get the base again") from None
+        path = base / part / "config.json"
+        blocks = _read_config(path).get("block_out_channels")
+        if not isinstance(blocks, list) or not blocks:
+            raise BaseModelError(f"the base's {path} has block_out_channels={blocks!r}: get the base again")
+        halvings += len(blocks) - 1
     unit = 2**halvings
     if resolution % unit or resolution < 2 * unit:  # attention over a single token has nothing to choose from
         near = max(2, round(resolution / unit)) * unit
@@ -76,11 +86,29 @@ def check_resolution(resolution: int, base: Path) -> None:
 
 
 def _load(kind, folder: Path, **options):
-    """kind.from_pretrained(folder); a part that is there but can't be loaded is the user's to replace."""
+    """kind.from_pretrained(folder); a part that is there but can't be loaded is the user's to replace.
+
+    A `.bin` is a pickle: both libraries read it with `weights_only=True`, which runs no code from it.
+    """
+    is_model = issubclass(kind, torch.nn.Module)
+    if is_model:
+        options["output_loading_info"] = True
     try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        part = kind.from_pretrained(folder, local_files_only=True, **options)
+        if is_model:
+            part, found = part
+            if found["missing_keys"]:  # transformers would make them up
+                raise ValueError(f"its weights lack {min(found['missing_keys'])}")
+            for name, weight in part.named_parameters():
+                if not weight.sum(dtype=torch.float32).isfinite():
+                    raise ValueError(f"{name} is not finite")
+        return part
+    except Exception as error:  # whatever damaged or hostile files make the libraries raise
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, pickle.UnpicklingError):
+            error = "its .bin file holds more than weights, and was not run"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise BaseModelError(f"the base's {folder} can't be loaded ({reason}): get the base again") from None
 
 
@@ -102,18 +130,25 @@ def load_text_encoder(base: Path, device: torch.device):
 
 
 def find_tokenizer(pretrained_model: str):
-    """The base's tokenizer if it is on this machine, else None: a report on the data must not start a download."""
+    """The base's tokenizer if it is on this machine, else None: a report on the data must not start a download.
+
+    Raises:
+        BaseModelError: a local base's tokenizer is damaged.
+    """
     from transformers import CLIPTokenizer
 
     local = Path(pretrained_model, "tokenizer")
-    try:
-        if local.is_dir():
-            tokenizer = CLIPTokenizer.from_pretrained(local)
-        else:
+    if local.is_dir():
+        tokenizer = _load(CLIPTokenizer, local)
+    else:
+        try:
             tokenizer = CLIPTokenizer.from_pretrained(pretrained_model, subfolder="tokenizer", local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return tokenizer if tokenizer.model_max_length < 10_000 else None  # an empty one, made up for want of files
+        except Exception:  # not here, or damaged: found out when it is needed
+            return None
+    limit = tokenizer.model_max_length
+    if not isinstance(limit, int) or limit < 3:
+        raise BaseModelError(f"the base's {local} has model_max_length={limit!r}: get the base again")
+    return tokenizer if limit < 10_000 else None  # an empty one, made up for want of files
 
 
 def load_unet(base: Path, device: torch.device, dtype: torch.dtype):

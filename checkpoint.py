@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -39,6 +40,16 @@ PRODUCTS = (  # all that a run writes into its folder, and all that --overwrite 
 
 class CheckpointError(RuntimeError):
     """The output folder belongs to something else, or none of its checkpoints can be trusted."""
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace, tried again for a second and a half: on Windows a virus scanner may hold a new file for a moment."""
+    for seconds in (0.05, 0.1, 0.2, 0.4, 0.8):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(seconds)
+    return os.replace(source, target)
 
 
 # The folder ------------------------------------------------------------------------------------------------------
@@ -132,7 +143,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -157,7 +168,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
             _flush_to_disk(path)
         if final.exists():  # the same step again, after a resume
             shutil.rmtree(final)
-        os.replace(temporary, final)
+        replace(temporary, final)
         _flush_to_disk(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -214,7 +225,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict,
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             aside = path.with_name(f"{path.name}.corrupt")
             shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
+            replace(path, aside)
             problems.append(f"{path} is damaged ({error}); moved to {aside.name}")
     why = "; ".join(problems) or "there is none"
     raise CheckpointError(f"{folder} has no checkpoint to go on from ({why}): --overwrite starts anew")

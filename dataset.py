@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +25,13 @@ from safetensors.torch import load, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm import tqdm
 
+from checkpoint import replace
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may decode, whatever the suffix claims
 ENCODING_VERSION = 1  # raise it when load_image or the encoding changes: old cache entries are then ignored
+MAX_CAPTION_BYTES = 2**26  # a caption file of 64 MiB would describe 100,000 faces: larger ones aren't read
+MAX_PIXELS = 2**26  # of a picture: 8192 x 8192; small files can claim far more, and fill the memory
 TEXT_BATCH = 32  # texts encoded at a time
 DHASH_SIDE = 32  # a picture's hash compares 32 x 32 neighbours; 8 x 8, as is common, takes all faces for one another
 NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two likest faces 13
@@ -64,14 +69,20 @@ def read_captions(json_file: str | Path) -> list[tuple[str, tuple[str, ...]]]:
     Returns (image_name, captions) in file order; blank captions are dropped, entries of the same image are merged.
 
     Raises:
-        InputError: the file is missing, isn't UTF-8 JSON, or an entry has another shape; names file, line or entry.
+        InputError: the file is missing, too large, no UTF-8 JSON, or an entry is odd; names file, line or entry.
     """
     shape = 'expected [{"image_name": "image001", "captions": ["...", "..."]}, ...]'
     try:
-        text = Path(json_file).read_text(encoding="utf-8-sig")
-        entries = json.loads(text)
+        with open(json_file, "rb") as file:
+            content = file.read(MAX_CAPTION_BYTES + 1)
     except OSError as error:
         raise InputError(f"json_file={str(json_file)!r} can't be read ({error.strerror}): set json_file") from None
+    if len(content) > MAX_CAPTION_BYTES:
+        limit = f"{MAX_CAPTION_BYTES / 2**20:.0f} MiB"
+        raise InputError(f"json_file={str(json_file)!r} is larger than {limit}: set json_file to your captions")
+    try:
+        text = content.decode("utf-8-sig")
+        entries = json.loads(text)
     except UnicodeDecodeError as error:
         raise InputError(f"{json_file}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -86,11 +97,12 @@ def read_captions(json_file: str | Path) -> list[tuple[str, tuple[str, ...]]]:
         name = entry.get("image_name") if isinstance(entry, dict) else None
         captions = entry.get("captions") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name.strip():
-            raise InputError(f"{json_file}, entry {number}: no image_name in {str(entry)[:60]!r}; {shape}")
+            raise InputError(f"{json_file}, entry {number}: no image_name in {_shown(reprlib.repr(entry))}; {shape}")
+        where = f"{json_file}, entry {number} ({name[:80]!r})"
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise InputError(f"{json_file}, entry {number} ({name!r}): captions must be a list of texts; {shape}")
+            raise InputError(f"{where}: captions must be a list of texts; {shape}")
         if re.search("[\ud800-\udfff]", "".join([name, *captions])):
-            raise InputError(f"{json_file}, entry {number} ({name!r}): half a surrogate pair is no character: mend it")
+            raise InputError(f"{where}: half a surrogate pair is no character: mend it")
         merged.setdefault(name, []).extend(caption.strip() for caption in captions if caption.strip())
     return [(name, tuple(captions)) for name, captions in merged.items()]
 
@@ -101,14 +113,23 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None =
     `listings`, if given, keeps the folders' names from call to call: 10,000 names shouldn't be listed 10,000 times.
 
     Raises:
-        InputError: the name leads out of the folder (absolute, drive, "..", backslash, link), or two files match.
+        InputError: the name leads out of the folder (absolute, drive, "..", backslash, link), holds a control
+            character, or two files match.
     """
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
-    if "\0" in name or "\\" in name or windows.drive or posix.is_absolute() or ".." in posix.parts:
-        raise InputError(f"image_name {name!r} leads out of {dataset_dir}: only names inside the folder are read")
+    dots = not posix.parts or any(not part.strip(". ") for part in posix.parts)  # to Windows, ".. " is ".."
+    if dots or windows.drive or posix.is_absolute() or re.search(r"[\0-\x1f\x7f-\x9f\\]", name):
+        raise InputError(f"image_name {name[:80]!r} leads out of {dataset_dir}, or is no name on every system: only "
+                         "plain names inside the folder are read")  # fmt: skip
+
+    def check_inside(path: Path) -> None:
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(dataset_dir)):
+            raise InputError(f"image_name {name[:80]!r} is a link out of {dataset_dir}: only files inside it are read")
+
     folder = (dataset_dir / name).parent
     listings = {} if listings is None else listings
     if folder not in listings:  # Path.is_dir() raises if a name is too long for the disk
+        check_inside(folder)
         entries = sorted(entry.name for entry in os.scandir(folder)) if os.path.isdir(folder) else []
         listings[folder] = {}
         for entry in entries:
@@ -119,10 +140,16 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None =
     matches = listings[folder].get(posix.name, [])
     if len(matches) > 1:
         files = " and ".join(path.name for path in matches)
-        raise InputError(f"image_name {name!r} matches {files} in {folder}: remove one, or write its suffix too")
-    if matches and not Path(os.path.realpath(matches[0])).is_relative_to(os.path.realpath(dataset_dir)):
-        raise InputError(f"image_name {name!r} is a link out of {dataset_dir}: only files inside it are read")
+        raise InputError(f"image_name {name[:80]!r} matches {files} in {folder}: remove one, or write its suffix too")
+    for path in matches:
+        check_inside(path)
     return matches[0] if matches and matches[0].is_file() else None
+
+
+def _shown(text: str) -> str:
+    """Foreign text for the screen: cut, and with escapes for characters that a terminal would obey or can't encode."""
+    text = text if len(text) <= 80 else f"{text[:80]}..."
+    return re.sub("[\0-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
 
 
 def load_image(path: str | Path, resolution: int) -> torch.Tensor:
@@ -146,6 +173,9 @@ def load_image(path: str | Path, resolution: int) -> torch.Tensor:
 def _upright_rgb(path: str | Path) -> Image.Image:
     """The whole picture as RGB: EXIF orientation first, then 16 bits to 8, then alpha over white."""
     with Image.open(path, formats=IMAGE_FORMATS) as opened:
+        width, height = opened.size
+        if not 0 < width * height <= MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels, where 1 to {MAX_PIXELS:,} can be read")
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257.0).round().astype(np.uint8))
@@ -188,13 +218,18 @@ def near_duplicates(samples: list["Sample"]) -> list[int]:
     return first
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read_face(name: str, path: Path, captions: tuple[str, ...]) -> Sample | str:
     """The sample, or why its file can't be used. Decodes all of it: a torn file must fail here, not in epoch 3."""
     try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = _sha256(path)
         picture = _upright_rgb(path)
     except Exception as error:  # on a damaged file Pillow also trips with struct.error, TypeError and others
-        return f"{path.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return f"{path.name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
     return Sample(name, path, captions, sha256, picture.size, (dhash(picture), dhash(ImageOps.mirror(picture))))
 
 
@@ -269,9 +304,9 @@ class MangaFaceDataset:
         for name, captions in read_captions(self.json_file):
             path = find_image(self.dataset_dir, name, listings)
             if path is None:
-                self.skipped.append(f"{name}: no image file of that name")
+                self.skipped.append(f"{_shown(name)}: no image file of that name")
             elif not captions:
-                self.skipped.append(f"{name}: no captions")
+                self.skipped.append(f"{_shown(name)}: no captions")
             else:
                 first, before = found.get(path, (name, ()))  # image001 and image001.png are one face
                 found[path] = (first, before + captions)
@@ -409,7 +444,8 @@ class MangaFaceDataset:
         lines += [f"  {line}" for line in self.skipped[:10]]
         lines += [f"  ... and {len(self.skipped) - 10} more"] if len(self.skipped) > 10 else []
         if stray:
-            lines.append(f"Without an entry in {self.json_file.name}: {len(stray)} ({', '.join(sorted(stray)[:5])})")
+            named = ", ".join(map(_shown, sorted(stray)[:5]))
+            lines.append(f"Without an entry in {self.json_file.name}: {len(stray)} ({named})")
         if self.alike:
             groups = [" = ".join([self.samples[index].name for index in group[:4]]
                                  + [f"{len(group) - 4} more"] * (len(group) > 4)) for group in self.alike]
@@ -523,7 +559,7 @@ def encode_faces(
         vae = load_vae()
         for index in tqdm(mine, desc="Encoding faces", disable=rank > 0):
             sample = dataset.samples[index]
-            if hashlib.sha256(sample.path.read_bytes()).hexdigest() != sample.sha256:
+            if _sha256(sample.path) != sample.sha256:
                 raise InputError(f"{sample.path} has changed since the start of this run: start it again")
             mean, std = encode_image(vae, load_image(sample.path, dataset.resolution))
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
@@ -599,4 +635,4 @@ def _write_entry(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, file)
+    replace(temporary, file)

@@ -21,8 +21,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 
+from base_model import BaseModelError, find_base, load_text_encoder, load_unet, load_vae
 from checkpoint import write_whole
 from dataset import InputError, MangaFaceDataset, encode_faces, encode_image, folder_identity, load_image
+from lora_layers import read_lora_weights
 
 HERE = Path(__file__).resolve().parent
 TILE = 176  # pixels a side of one picture in a contact sheet
@@ -541,9 +543,10 @@ class Evaluation:
         logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        pipe = StableDiffusionPipeline.from_pretrained(base, dtype=dtype, safety_checker=None, local_files_only=True)
-        self.pipe = pipe.to(device)
-        self.pipe.vae.to(torch.float32)  # SD1.5's VAE overflows in float16 on some pictures
+        tokenizer, text_encoder = load_text_encoder(base, device)
+        unet, scheduler = load_unet(base, device, dtype)
+        self.pipe = StableDiffusionPipeline(load_vae(base, device), text_encoder.to(dtype), tokenizer, unet, scheduler,
+                                            None, None, requires_safety_checker=False)  # fmt: skip
         self.constants, self.dataset = constants, dataset
         self.network, self.network_accuracy, self.clip = None, {}, None
         if constants["demo"]:
@@ -566,8 +569,17 @@ class Evaluation:
         return gather_evidence(pixels, texts, portraits, self.faces, self.pipe.vae, self.network, self.clip)
 
     def judge(self, lora_file: Path) -> Judgement:
-        """Draw the prompts with this LoRA file and score the pictures."""
-        self.pipe.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name)
+        """Draw the prompts with this LoRA file and score the pictures.
+
+        Raises:
+            InputError: it is damaged, or doesn't fit the base; diffusers would take what fits, or nothing.
+        """
+        try:
+            read_lora_weights(self.pipe.unet, lora_file)
+        except ValueError as error:
+            reason = str(error).splitlines()[0][:300]
+            raise InputError(f"{reason}: train it again, or name another folder") from None
+        self.pipe.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name, use_safetensors=True)
         try:
             pixels = self._draw()
         finally:
@@ -655,6 +667,30 @@ def write_evaluation(folder: Path, evaluation: Evaluation, lora: Judgement) -> s
     return evaluation.table(lora, held_out)
 
 
+def read_run(folder: Path) -> tuple[dict, str, Path]:
+    """(constants, data fingerprint, base) of a finished training, checked as it checked them: the file may be foreign.
+
+    Raises:
+        InputError: it is damaged, or names what isn't here any more.
+    """
+    import train_manga_lora as trainer
+
+    file = folder / "config.json"
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        prompts = tuple(run["constants"]["sample_prompts"])
+        config = trainer.TrainingConfig(**run["constants"] | {"sample_prompts": prompts})
+        trainer.check_config(config)
+        base = Path(run["base"])
+    except trainer.Stop as stop:
+        raise InputError(f"{file}: {stop}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file} is not that of a finished training ({error!r:.80}): train again") from None
+    if not base.is_dir():  # nothing is downloaded at a file's word
+        raise InputError(f"{file}: base={run['base']!r} is no folder any more: train again, with --overwrite")
+    return run["constants"], str(run.get("data")), find_base(str(base))
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", required=True, metavar="FOLDER", help="output folder of a finished training")
@@ -662,21 +698,21 @@ def main(arguments: list[str]) -> None:
     lora_file = folder / "pytorch_lora_weights.safetensors"
     if not (folder / "config.json").is_file() or not lora_file.is_file():
         raise InputError(f"--lora {folder} holds no finished training: run train_manga_lora.py first")
-    run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    constants = run["constants"]
+    constants, data, base = read_run(folder)
     names = ("dataset_dir", "json_file", "resolution", "weighting", "weight_min", "weight_max", "validation_share")
     dataset = MangaFaceDataset(**{name: constants[name] for name in names})
-    if dataset.fingerprint != run["data"]:
+    if dataset.fingerprint != data:
         raise InputError(f"--lora {folder}: the faces or captions in {constants['dataset_dir']} have changed since the "
                          "training, so a score would mean nothing: put them back")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    evaluation = Evaluation(constants, dataset, Path(run["base"]), device)
+    evaluation = Evaluation(constants, dataset, base, device)
     print(write_evaluation(folder, evaluation, evaluation.judge(lora_file)))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console that lacks a face's name's characters is no reason to stop
     try:
         main(sys.argv[1:])
-    except (InputError, OSError) as error:
+    except (InputError, BaseModelError, OSError) as error:
         print(f"evaluate_lora.py: {error}", file=sys.stderr)
         sys.exit(2)

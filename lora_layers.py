@@ -17,12 +17,15 @@ Shape letters: B batch, T tokens, D text width, C channels, r rank.
 import io
 import math
 import os
+import pickle
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from checkpoint import replace
 
 
 class LoRASelfCheckError(RuntimeError):
@@ -299,27 +302,23 @@ def save_lora_weights(
             same = key in live and key in saved and saved[key].dtype == dtype and saved[key].equal(live[key])
             if not same:
                 raise LoRASelfCheckError(f"{path}: {key} read back is not the live value in {dtype}")
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
-def load_lora_weights(unet: nn.Module, path: str | os.PathLike) -> None:
-    """Read a file of save_lora_weights; a UNet without LoRA gets it first, with the file's rank and alpha.
+def read_lora_weights(unet: nn.Module, path: str | os.PathLike) -> tuple[dict[str, Tensor], int, int]:
+    """Tensors, rank and alpha in a file of save_lora_weights that fits this UNet, which stays as it is.
 
     A `.bin` is a pickle: it is read with `weights_only=True`, which runs no code from it.
 
     Raises:
         ValueError: naming file and key: another suffix, unreadable, missing or unexpected keys, wrong shapes,
-            values not finite, differing ranks or alphas, a rank or alpha other than the injected LoRA's, or
-            LoRA is merged. The UNet is unchanged then.
+            values not finite, differing ranks or alphas, or a rank or alpha other than the injected LoRA's.
     """
     path = _checked_suffix(path)
     projections = _projections(unet)
-    injected = lora_modules(unet)
-    if any(layer.base_weight is not None for layer in injected.values()):
-        raise ValueError(f"{path}: LoRA is merged into this UNet; unmerge_lora before loading")
 
     # the right keys
     state = _read_tensors(path, path.suffix)
@@ -350,8 +349,21 @@ def load_lora_weights(unet: nn.Module, path: str | os.PathLike) -> None:
         if tensor.item() != alpha:
             raise ValueError(f"{path}: {name}.alpha is {tensor.item():g}, {alpha:g} is expected")
 
+    return state, rank, int(alpha)
+
+
+def load_lora_weights(unet: nn.Module, path: str | os.PathLike) -> None:
+    """Read a file of save_lora_weights; a UNet without LoRA gets it first, with the file's rank and alpha.
+
+    Raises:
+        ValueError: see read_lora_weights; or LoRA is merged. The UNet is unchanged then.
+    """
+    injected = lora_modules(unet)
+    if any(layer.base_weight is not None for layer in injected.values()):
+        raise ValueError(f"{path}: LoRA is merged into this UNet; unmerge_lora before loading")
+    state, rank, alpha = read_lora_weights(unet, path)
     if not injected:
-        inject_lora(unet, rank, int(alpha))
+        inject_lora(unet, rank, alpha)
     with torch.no_grad():
         for name, layer in lora_modules(unet).items():
             layer.down_weight.copy_(state[f"{name}.lora_down.weight"])
@@ -584,6 +596,8 @@ def _read_tensors(path: Path, suffix: str) -> dict[str, Tensor]:
         if suffix == ".safetensors":
             return safetensors.torch.load(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: this .bin holds more than tensors, or is damaged; nothing in it was run") from error
     except Exception as error:  # whatever a damaged or hostile file makes the two parsers raise
         raise ValueError(f"{path}: cannot be read as a {suffix} file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -221,7 +221,8 @@ def build_recipe(args, micro_batch: int, checkpointing: bool, cached: bool) -> t
 
 
 def latent_shape_of(args) -> tuple[int, int, int]:
-    halvings = len(json.loads((args.base / "vae" / "config.json").read_text())["block_out_channels"]) - 1
+    config = json.loads((args.base / "vae" / "config.json").read_text(encoding="utf-8"))
+    halvings = len(config["block_out_channels"]) - 1
     return 4, args.resolution >> halvings, args.resolution >> halvings
 
 
@@ -541,7 +542,7 @@ def describe_machine(device: str) -> tuple[str, str]:
     if device == "cuda":
         return torch.cuda.get_device_name(), re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
     cpuinfo, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
-    model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text() if cpuinfo.is_file() else "")
+    model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else "")
     return f"{model[1] if model else platform.machine()}, {threads} threads", f"cpu-{threads}-core"
 
 
@@ -550,7 +551,9 @@ def git_commit() -> str:
     if shutil.which("git") is None or not (ROOT / ".git").exists():  # a copy, on another machine
         return "unknown"
     words = ["git", "status", "--porcelain", "--", ".", ":!bench/results"], ["git", "rev-parse", "--short", "HEAD"]
-    changes, commit = (subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.strip() for line in words)
+    changes, commit = (
+        subprocess.run(line, cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip() for line in words
+    )
     return commit + ("+changes" if changes else "")
 
 

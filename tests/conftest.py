@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -116,3 +118,34 @@ def tiny_config(tmp_path, faces, tiny_base):
         pretrained_model=str(tiny_base), cache_dir=str(tmp_path / "cache"), resolution=64, num_train_epochs=3,
         learning_rate=1e-3, lora_rank=4, lora_alpha=8, sample_every_n_epochs=0, sample_prompts=(), num_workers=0,
     )
+
+
+@pytest.fixture(scope="module")
+def script():
+    """train_manga_lora, whose main() takes over Ctrl-C: given back to pytest at the end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    import train_manga_lora
+
+    yield train_manga_lora
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def small_faces(tmp_path_factory) -> Path:
+    """Six faces of 8 x 8 pixels with captions. Not to be changed."""
+    folder = tmp_path_factory.mktemp("small") / "faces"
+    folder.mkdir()
+    for number in range(6):
+        Image.new("L", (8, 8), 40 * number).save(folder / f"face{number}.png")
+    entries = [{"image_name": f"face{number}", "captions": [f"manga face {number}"]} for number in range(6)]
+    (folder / "modified_face_250.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, small_faces, monkeypatch) -> Path:
+    """An own copy of the faces at `place / "faces"`, in the working folder."""
+    shutil.copytree(small_faces, tmp_path / "faces")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -7,47 +7,15 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+TOLD = pytest.mark.promise("Bad input is told in one line with its name and value, and changes nothing")
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def script():
-    """train_manga_lora, whose main() takes over Ctrl-C: given back to pytest at the end."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    import train_manga_lora
-
-    yield train_manga_lora
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def small_faces(tmp_path_factory) -> Path:
-    """Six faces of 8 x 8 pixels with captions. Not to be changed."""
-    folder = tmp_path_factory.mktemp("small") / "faces"
-    folder.mkdir()
-    for number in range(6):
-        Image.new("L", (8, 8), 40 * number).save(folder / f"face{number}.png")
-    entries = [{"image_name": f"face{number}", "captions": [f"manga face {number}"]} for number in range(6)]
-    (folder / "modified_face_250.json").write_text(json.dumps(entries), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def place(tmp_path, small_faces, monkeypatch) -> Path:
-    """An own copy of the faces at `place / "faces"`, in the working folder."""
-    shutil.copytree(small_faces, tmp_path / "faces")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def snapshot(folder: Path) -> dict:
@@ -88,6 +56,7 @@ def flags(place: Path, base, *more: str) -> list[str]:
 # Flags and constants ---------------------------------------------------------------------------------------------
 
 
+@TOLD
 @pytest.mark.parametrize(("given", "words"), [
     (["--learning_rat", "1e-4"], ["--learning_rat", "did you mean --learning_rate?"]),  # abbreviated
     (["--lora_rnk=4"], ["--lora_rnk", "did you mean --lora_rank?"]),
@@ -136,6 +105,7 @@ OUT_OF_RANGE = {
 }
 
 
+@TOLD
 @pytest.mark.parametrize(("name", "value"), [(name, some) for name, values in OUT_OF_RANGE.items() for some in values])
 def test_a_constant_out_of_range_is_named_with_its_value(script, place, name, value):
     kind = type(getattr(script.TrainingConfig, name))
@@ -143,6 +113,7 @@ def test_a_constant_out_of_range_is_named_with_its_value(script, place, name, va
     check_refused(script, place, flags(place, "nowhere", f"--{name}={value}"), shown, "must be")
 
 
+@TOLD
 @pytest.mark.parametrize(("name", "value"), [
     ("num_train_epochs", 30.0), ("resolution", "512"), ("learning_rate", "5e-5"), ("output_dir", None),
     ("sample_prompts", ("a prompt without its comma")), ("demo", "yes"), ("train_batch_size", True),
@@ -157,6 +128,7 @@ def test_a_whole_number_is_welcome_where_a_fraction_is_asked_for(script, place):
     assert script.main(dataclasses.replace(config, learning_rate=1, max_grad_norm=1)) == {}  # a dry run's summary
 
 
+@TOLD
 @pytest.mark.parametrize(("given", "nearest"), [(8, 64), (32, 64), (72, 64), (88, 96), (520, 512)])
 def test_a_resolution_that_does_not_divide_gets_the_nearest_that_does(script, place, tiny_base, given, nearest):
     check_refused(script, place, flags(place, tiny_base, f"--resolution={given}"), f"resolution={given}",
@@ -166,6 +138,7 @@ def test_a_resolution_that_does_not_divide_gets_the_nearest_that_does(script, pl
 # Folder and captions ---------------------------------------------------------------------------------------------
 
 
+@TOLD
 def test_a_missing_folder_leads_to_the_demo(script, place):
     shutil.rmtree(place / "faces")
     check_refused(script, place, flags(place, "nowhere"), "dataset_dir='faces'", "--demo")
@@ -213,6 +186,7 @@ CAPTION_FILES = {  # content, words of the message
 }
 
 
+@TOLD
 @pytest.mark.parametrize("case", CAPTION_FILES)
 def test_a_bad_caption_file_is_told_with_its_place_and_the_shape_expected(script, place, case):
     content, words = CAPTION_FILES[case]
@@ -220,28 +194,13 @@ def test_a_bad_caption_file_is_told_with_its_place_and_the_shape_expected(script
     check_refused(script, place, flags(place, "nowhere"), "modified_face_250.json", *words)
 
 
-@pytest.mark.parametrize("name", [
-    "../secret", "..", "a/../../secret", "side/../face0", "/etc/passwd", "C:face0", "C:\\faces\\face0", "side\\face0",
-    "\\\\server\\share\\face0", "face0\0", "link_out", "linked/secret",
-])  # fmt: skip
-def test_a_name_that_leaves_the_folder_is_refused(script, place, name):
-    outside = place / "outside"
-    (outside / "deep").mkdir(parents=True)
-    Image.new("L", (8, 8)).save(place / "secret.png")
-    Image.new("L", (8, 8)).save(outside / "secret.png")
-    (place / "faces" / "side").mkdir()
-    (place / "faces" / "link_out.png").symlink_to(place / "secret.png")
-    (place / "faces" / "linked").symlink_to(outside)
-    entries = [GOOD, {"image_name": name, "captions": ["x"]}]
-    (place / "faces" / "modified_face_250.json").write_text(json.dumps(entries))
-    check_refused(script, place, flags(place, "nowhere"), repr(name), "faces", "inside")
-
-
+@TOLD
 def test_two_files_of_one_name_are_both_named(script, place):
     shutil.copy(place / "faces" / "face0.png", place / "faces" / "face0.JPG")
     check_refused(script, place, flags(place, "nowhere"), "'face0'", "face0.png", "face0.JPG", "suffix")
 
 
+@TOLD
 def test_faces_of_which_none_can_be_read_are_counted_with_the_first_reason(script, place):
     for path in (place / "faces").glob("*.png"):
         path.write_text("not a picture")
@@ -251,10 +210,12 @@ def test_faces_of_which_none_can_be_read_are_counted_with_the_first_reason(scrip
 # Base and output folder ------------------------------------------------------------------------------------------
 
 
+@TOLD
 def test_a_base_that_is_nowhere_is_named(script, place):
     check_refused(script, place, flags(place, "no/such_base"), "pretrained_model='no/such_base'", "--demo")
 
 
+@TOLD
 @pytest.mark.parametrize("lost", [
     "unet", "vae", "text_encoder", "tokenizer", "scheduler", "vae/config.json", "unet/config.json",
 ])  # fmt: skip
@@ -265,6 +226,7 @@ def test_a_base_without_a_part_is_named_with_the_part(script, place, tiny_base, 
     check_refused(script, place, flags(place, "base"), "pretrained_model='base'", str(Path(lost)))
 
 
+@TOLD
 @pytest.mark.parametrize("file", ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"])
 def test_a_base_with_a_torn_file_is_named(script, place, tiny_base, file):
     shutil.copytree(tiny_base, place / "base")
@@ -272,6 +234,7 @@ def test_a_base_with_a_torn_file_is_named(script, place, tiny_base, file):
     check_refused(script, place, flags(place, "base"), "base", "vae")
 
 
+@TOLD
 def test_foreign_files_in_the_output_folder_stay_even_under_overwrite(script, place, tiny_base):
     (place / "out").mkdir()
     (place / "out" / "thesis.txt").write_text("irreplaceable")
@@ -281,12 +244,14 @@ def test_foreign_files_in_the_output_folder_stay_even_under_overwrite(script, pl
     check_refused(script, place, flags(place, tiny_base, "--overwrite"), "output_dir='out'", "another output_dir")
 
 
+@TOLD
 def test_an_output_folder_that_is_a_file_is_told(script, place, tiny_base):
     (place / "out").write_text("a file")
     for more in ([], ["--overwrite"]):
         check_refused(script, place, flags(place, tiny_base, *more), "output_dir='out'", "is a file")
 
 
+@TOLD
 def test_another_runs_output_folder_is_refused_with_all_that_differs(script, place, tiny_base):
     from checkpoint import start_folder
 
@@ -329,6 +294,7 @@ def test_without_a_data_set_it_answers_at_once_and_leads_to_the_demo(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@TOLD
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--num_train_epoch", "3"], ["--num_train_epoch", "did you mean --num_train_epochs?"]),
     (["--resolution", "big"], ["--resolution", "'big'"]),

@@ -326,6 +326,7 @@ def check_pixels(path: Path, expected: np.ndarray, levels: int = 0) -> None:
     np.testing.assert_allclose(got, expected, atol=levels + 1e-3)
 
 
+SEEN = pytest.mark.promise("A picture of any mode, orientation or number of frames is read as a person sees it")
 MODES = {  # name: (file name, image, options of save, expected, levels)
     "1": ("a.png", Image.fromarray(GREY > 127), {}, three((GREY > 127) * 255), 0),
     "L": ("a.png", Image.fromarray(GREY), {}, three(GREY), 0),
@@ -353,6 +354,7 @@ MODES = {  # name: (file name, image, options of save, expected, levels)
 }  # fmt: skip
 
 
+@SEEN
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_the_rgb_a_person_sees_on_white(tmp_path, mode):
     name, image, options, expected, levels = MODES[mode]
@@ -372,6 +374,7 @@ UPRIGHT = {  # how a viewer turns the stored rows and columns, by EXIF orientati
 }
 
 
+@SEEN
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
 def test_exif_orientation_comes_before_the_centre_square(tmp_path, orientation, suffix):
@@ -391,6 +394,7 @@ def test_exif_orientation_comes_before_the_centre_square(tmp_path, orientation, 
     assert faces.samples[0].size == upright.shape[1::-1]  # the size in the report is the upright one
 
 
+@SEEN
 def test_alpha_and_orientation_work_together(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -398,6 +402,7 @@ def test_alpha_and_orientation_work_together(tmp_path):
     check_pixels(tmp_path / "a.png", np.rot90(on_white(COLOUR, ALPHA), -1), 1)
 
 
+@SEEN
 @pytest.mark.parametrize("suffix", ["png", "webp"])
 def test_of_an_animated_file_the_first_frame_counts(tmp_path, suffix):
     first, second = Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)
