@@ -498,7 +498,8 @@ def finished(script, place, evaluation, tiny_base) -> Path:
     shutil.copy(evaluation[1], place / "out" / "pytorch_lora_weights.safetensors")
     config = script.parse_arguments([*flags(place, tiny_base), "--sample_prompts", "a face", "--samples_per_prompt",
                                      "1", "--sample_steps", "1"])  # fmt: skip
-    content = {"constants": dataclasses.asdict(config), "base": str(tiny_base)}
+    data = MangaFaceDataset(config.dataset_dir, config.json_file, config.resolution).fingerprint
+    content = {"constants": dataclasses.asdict(config), "data": data, "base": str(tiny_base)}
     (place / "out" / "config.json").write_text(json.dumps(content))
     return place / "out"
 
