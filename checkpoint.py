@@ -162,19 +162,13 @@ class FolderLock(contextlib.ContextDecorator):
         process = psutil.Process()
         self.mark = folder / f".running-{process.pid}-{process.create_time():.0f}@{platform.node()}"
         self.mark.touch()
-        for other in folder.iterdir():
-            found = LOCK.fullmatch(other.name)
-            if not found or other == self.mark:
-                continue
-            pid, started, host = int(found[1]), int(found[2]), found[3]
-            if host == platform.node() and not _is_running(pid, started):
-                other.unlink(missing_ok=True)
-                continue
-            remedy = "wait for it, or stop it"
-            if host != platform.node():  # whose processes can't be seen from here
-                remedy += f"; if it is dead, delete {str(other)!r}"
-            raise CheckpointError(f"output_dir={str(folder)!r} is in use by process {pid} on {host}, which started "
-                                  f"{time.ctime(started)}: {remedy}; or choose another output_dir")  # fmt: skip
+        for other, pid, started, host in living_runs(folder):
+            if other != self.mark:
+                remedy = "wait for it, or stop it"
+                if host != platform.node():  # whose processes can't be seen from here
+                    remedy += f"; if it is dead, delete {str(other)!r}"
+                raise CheckpointError(f"output_dir={str(folder)!r} is in use by process {pid} on {host}, which started "
+                                      f"{time.ctime(started)}: {remedy}; or choose another output_dir")  # fmt: skip
 
     def __exit__(self, *exception):
         if self.mark:
@@ -182,6 +176,20 @@ class FolderLock(contextlib.ContextDecorator):
         for path in self.made:
             with contextlib.suppress(OSError):  # something is in it, as should be
                 path.rmdir()
+
+
+def living_runs(folder: Path) -> list[tuple[Path, int, int, str]]:
+    """(mark, process, its start, its machine) of each run at work in `folder`. Deletes the marks of killed ones."""
+    living = []
+    for mark in folder.glob(".running-*"):
+        if found := LOCK.fullmatch(mark.name):
+            pid, started, host = int(found[1]), int(found[2]), found[3]
+            if host != platform.node() or _is_running(pid, started):
+                living.append((mark, pid, started, host))
+            else:
+                with contextlib.suppress(OSError):
+                    mark.unlink()
+    return living
 
 
 def _is_running(pid: int, started: int) -> bool:
@@ -264,9 +272,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
         OSError: the disk is full; what was there before still is.
     """
     final = folder / f"step-{step:06d}"
-    if final.exists():  # interrupted right after the save: a step has one state, so it is safe already
-        return final
-    temporary = _temporary(final)
+    temporary, old = _temporary(final), folder / f"{final.name}.old"
     temporary.mkdir(parents=True)
     try:
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
@@ -275,13 +281,22 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
         for name, content in (contents | {"manifest.json": json.dumps(manifest, indent=1).encode()}).items():
             write_whole(temporary / name, content)
         _flush_to_disk(temporary)
+        if final.exists():  # an epoch's last step, saved before the epoch's end: it counts until its successor is there
+            discard(old)
+            os.replace(final, old)
         os.replace(temporary, final)
         _flush_to_disk(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        discard(old)
+    prune_checkpoints(folder, keep)
     return final
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` (>= 1), and what a newer one of the same step has replaced."""
+    found = list_checkpoints(folder)
+    for path in found[:-keep] + [path for path in found[-keep:-1] if path.suffix]:
+        discard(path)
 
 
 def discard(folder: Path) -> None:
@@ -314,8 +329,9 @@ def restore(tensors: dict[str, torch.Tensor], weights, optimizer, optimizer_step
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    return sorted(path for path in Path(folder).glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    """Finished checkpoints, oldest first; step-000870.old is one that was about to be replaced by step-000870."""
+    found = [path for path in Path(folder).glob("step-*") if path.is_dir() and path.suffix in ("", ".old")]
+    return sorted((path for path in found if path.stem[5:].isdigit()), key=lambda path: (path.stem, not path.suffix))
 
 
 def load_newest_checkpoint(

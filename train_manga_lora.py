@@ -226,9 +226,9 @@ from base_model import (
     BaseModelError, check_resolution, find_base, find_tokenizer, load_text_encoder, load_unet, load_vae,
 )
 from checkpoint import (
-    CheckpointError, FolderLock, check_output_folder, describe, discard, fingerprint_of, gather,
-    load_newest_checkpoint, read_whole, remove_leftovers, restore, save_checkpoint, space_held, start_folder,
-    write_metrics, write_whole,
+    CheckpointError, FolderLock, check_output_folder, describe, discard, fingerprint_of, gather, living_runs,
+    load_newest_checkpoint, prune_checkpoints, read_whole, remove_leftovers, restore, save_checkpoint, space_held,
+    start_folder, write_metrics, write_whole,
 )
 from dataset import EncodedDataset, InputError, MangaFaceDataset, encode_faces, encode_texts, folder_identity
 from denoising import (
@@ -553,6 +553,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     action = "new" if config.dry_run else check_output_folder(output, run, MAY_CHANGE_ON_RESUME, config.overwrite)
     if action == "finished":
         say(f"{output} holds this run, finished. More num_train_epochs go on from there, --overwrite starts anew.")
+        living_runs(output)  # which deletes the mark of one that was killed at its very end
         return json.loads((output / "summary.json").read_text(encoding="utf-8"))
     if is_main and not config.dry_run:
         folder_lock.take(output)
@@ -614,6 +615,9 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     if action == "resume":
         with accelerator.main_process_first():  # it moves damaged checkpoints aside
             tensors, state, problems = load_newest_checkpoint(output / "checkpoints", state["fingerprint"])
+            if is_main:  # killed before it could: the newest has just proved good
+                prune_checkpoints(output / "checkpoints", config.keep_checkpoints)
+                prune_candidates(output / "candidates", state)
         restore(tensors, weights, optimizer, state["optimizer_steps"])
         scaler.load_state_dict(state["scaler"])
         if config.num_train_epochs < state["epochs"] or (
