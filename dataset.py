@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ from checkpoint import replace
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may decode, whatever the suffix claims
-ENCODING_VERSION = 1  # raise it when load_image or the encoding changes: old cache entries are then ignored
+ENCODING_VERSION = 2  # raise it when load_image or the encoding changes: old cache entries are then ignored
 MAX_CAPTION_BYTES = 2**26  # a caption file of 64 MiB would describe 100,000 faces: larger ones aren't read
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192; small files can claim far more, and fill the memory
 TEXT_BATCH = 32  # texts encoded at a time
@@ -586,6 +586,9 @@ def encode_texts(
         dtype: the precision they are kept in: that of the UNet.
 
     Shape: (texts, T, D).
+
+    Raises:
+        InputError: a text encodes to something that is not finite.
     """
     rank, _, barrier = process
     file = _entry(Path(cache_dir), "texts", text_encoder_identity, str(dtype), texts)
@@ -595,8 +598,11 @@ def encode_texts(
         tokenizer, text_encoder = load_text_encoder()
         chunks = [texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH)]
         bar = tqdm(chunks, desc="Encoding texts")
-        embeddings = [encode_text(tokenizer, text_encoder, chunk).to(dtype) for chunk in bar]
-        _write_entry(file, {"embeddings": torch.cat(embeddings)})
+        embeddings = torch.cat([encode_text(tokenizer, text_encoder, chunk).to(dtype) for chunk in bar])
+        if bad := [text for text, finite in zip(texts, embeddings.isfinite().all(2).all(1), strict=True) if not finite]:
+            raise InputError(f"{len(bad)} texts encode to NaN or infinity, {bad[0][:60]!r} first: the text encoder of "
+                             "pretrained_model is damaged, or overflows in this mixed_precision")
+        _write_entry(file, {"embeddings": embeddings})
     barrier()
     return (entry or _read_entry(file))["embeddings"]
 
@@ -622,17 +628,32 @@ def _entry(cache: Path, kind: str, *content) -> Path:
 
 
 def _read_entry(file: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors, or None if they have to be encoded (again): missing, torn or not finite."""
+    """The tensors, or None if they have to be encoded (again): missing, torn, changed or not finite."""
     try:
-        tensors = load(file.read_bytes())  # not load_file: its tensors are the file, and change or fail with it
-    except (OSError, SafetensorError):
+        content = file.read_bytes()  # not load_file: its tensors are the file, and change or fail with it
+        header, payload = _split(content)
+        if json.loads(header)["__metadata__"]["sha256"] != hashlib.sha256(payload).hexdigest():
+            return None
+        tensors = load(content)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None
     return tensors if all(torch.isfinite(tensor).all() for tensor in tensors.values()) else None
 
 
 def _write_entry(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Whole or not at all: written beside its place, then renamed into it."""
+    """Whole or not at all: written beside its place, then renamed into it. The header has the hash of what follows."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _, payload = _split(save(tensors))
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    replace(temporary, file)
+    try:
+        temporary.write_bytes(save(tensors, {"sha256": hashlib.sha256(payload).hexdigest()}))
+        replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _split(content: bytes) -> tuple[bytes, bytes]:
+    """Header (JSON) and tensors of a safetensors file, which starts with the header's length."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return content[8:start], content[start:]

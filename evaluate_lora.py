@@ -8,6 +8,7 @@ and before_after.png beside the LoRA, and prints the table that README.md explai
 """
 
 import argparse
+import io
 import json
 import math
 import re
@@ -492,6 +493,13 @@ def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: lis
     return sheet
 
 
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """As PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
+
+
 def sample_sheet(unet, vae, scheduler, embeddings: torch.Tensor, constants: dict, title: str) -> Image.Image:
     """One picture per prompt from a model in training, with the same seed each time, so sheets can be compared.
 
@@ -661,7 +669,7 @@ class Evaluation:
 
 def write_evaluation(folder: Path, evaluation: Evaluation, lora: Judgement) -> str:
     """Write before_after.png and scores.json into `folder`; returns the table."""
-    evaluation.sheet(lora).save(folder / "before_after.png")
+    write_picture(folder / "before_after.png", evaluation.sheet(lora))
     held_out = evaluation.judge_held_out()
     write_whole(folder / "scores.json", json.dumps(evaluation.scores(lora, held_out), indent=1).encode())
     return evaluation.table(lora, held_out)

@@ -9,9 +9,11 @@ Every constant is a flag too (--num_train_epochs 20). The same command again con
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import difflib
+import errno
 import gc
 import importlib.util
 import json
@@ -124,6 +126,10 @@ class Stop(BaseException):  # like KeyboardInterrupt: no library's `except Excep
         self.exit_code = exit_code
 
 
+class Interrupted(Stop):
+    """Ctrl-C or SIGTERM."""
+
+
 def parse_arguments(arguments: list[str]) -> TrainingConfig:
     """Flags over DEMO (if asked for) over the constants above. Raises Stop(2) naming a bad flag."""
     fields = dataclasses.fields(TrainingConfig)
@@ -201,6 +207,8 @@ def end(stop: Stop) -> None:
 
 
 if __name__ == "__main__":  # bad input is told now, not after the seconds that importing torch takes
+    for number in (signal.SIGINT, signal.SIGTERM):  # until main() has something to save
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
     try:
         CONFIG = parse_arguments(sys.argv[1:])
         check_config(CONFIG)
@@ -218,8 +226,9 @@ from base_model import (
     BaseModelError, check_resolution, find_base, find_tokenizer, load_text_encoder, load_unet, load_vae,
 )
 from checkpoint import (
-    CheckpointError, check_output_folder, gather, load_newest_checkpoint, restore, save_checkpoint, start_folder,
-    write_metrics, write_whole,
+    CheckpointError, FolderLock, check_output_folder, describe, discard, fingerprint_of, gather, living_runs,
+    load_newest_checkpoint, prune_checkpoints, read_whole, remove_leftovers, restore, save_checkpoint, space_held,
+    start_folder, write_metrics, write_whole,
 )
 from dataset import EncodedDataset, InputError, MangaFaceDataset, encode_faces, encode_texts, folder_identity
 from denoising import (
@@ -278,10 +287,10 @@ def clip_and_step(optimizer, scaler, weights: torch.Tensor, max_grad_norm: float
 
 
 class StopSignal(contextlib.ContextDecorator):
-    """Ctrl-C or SIGTERM ends the training after the step under way, saved; outside training, or twice: at once."""
+    """Ctrl-C or SIGTERM raises Interrupted: at once, or, while deferred, when its turn comes. Twice: ends at once."""
 
     def __enter__(self):
-        self.number, self.training = 0, False
+        self.number, self.deferred, self.overwrite_is_done = 0, False, False
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -292,15 +301,30 @@ class StopSignal(contextlib.ContextDecorator):
             signal.signal(number, handler)
 
     def handle(self, number, frame) -> None:
-        if self.number and time.monotonic() > self.since + 2:  # launchers may send one signal twice
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-        if not self.training:
-            raise Stop(128 + number, "interrupted; all that was done is kept, and the same command goes on")
+        if self.number:
+            if time.monotonic() > self.since + 1:  # launchers may send one signal twice
+                os._exit(128 + number)
+            return
+        self.number, self.since = number, time.monotonic()
+        if not self.deferred:
+            self.stop("interrupted; all that was done is kept")
+
+    def defer(self, deferred: bool) -> None:
+        """From here on, whether a signal waits (a step is never broken off) or not."""
+        self.deferred = deferred
+        if self.number and not deferred:
+            self.stop("interrupted; all that was done is kept")
+
+    def stop(self, message: str) -> None:
+        """Raise Interrupted, with the command that goes on."""
+        words = [word for word in sys.argv if not (self.overwrite_is_done and word == "--overwrite")]
+        alone = __name__ == "__main__" and os.environ.get("WORLD_SIZE", "1") == "1"
+        again = shlex.join(["python", *words]) if alone else "start it the same way"
+        raise Interrupted(128 + (self.number or signal.SIGTERM), f"{message}; to go on: {again}")
 
 
 stop_signal = StopSignal()
+folder_lock = FolderLock()
 
 
 def tune_for(device: torch.device) -> None:
@@ -354,6 +378,19 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def check_space(output: Path, parameters: int, config: TrainingConfig) -> None:
+    """Raises Stop(3) if the disk can't hold what the run may still write. Pictures and logs count 32 MiB."""
+    checkpoint, files = 3 * 4 * parameters, 2 * 2 * parameters  # weights, two moments: float32; two files: float16
+    checkpoints = 1 + min(config.keep_checkpoints, config.num_train_epochs)  # the new one before an old one goes
+    needed = checkpoints * checkpoint + (config.num_train_epochs + 2) * files + 2**25
+    needed = max(needed - space_held(output), checkpoint + files)
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise Stop(3, f"output_dir={str(output)!r} may take {needed / 2**20:.0f} MiB more ({checkpoints} checkpoints, "
+                      f"LoRA files of {config.num_train_epochs} epochs), but its disk has {free / 2**20:.0f} MiB free: "
+                      "free some, choose another output_dir, or fewer num_train_epochs")
 
 
 def check_gradients_flow(unet) -> None:
@@ -410,15 +447,21 @@ def save_epoch(folder: Path, unet, config: TrainingConfig, dataset, state: dict)
         save_lora_weights(unet, folder / file, torch.float16, metadata)
 
 
-def keep_candidates(folder: Path, unet, config: TrainingConfig, dataset, state: dict) -> None:
-    """Save the epoch just done if it may turn out to be the best; delete those that can't any more."""
+def keep_candidate(folder: Path, unet, config: TrainingConfig, dataset, state: dict) -> None:
+    """Save the epoch just done if it may turn out to be the best; the state keeps what its files must be."""
+    epoch = state["epochs"]
+    if epoch in (candidate_epochs(state["history"]) or [epoch]):
+        folder = folder / f"epoch-{epoch:03d}"
+        save_epoch(folder, unet, config, dataset, state)
+        state["candidates"][str(epoch)] = {file: describe((folder / file).read_bytes()) for file in LORA_FILES}
+
+
+def prune_candidates(folder: Path, state: dict) -> None:
+    """Delete those that can't be the best any more. After a checkpoint that knows so: no resumed run asks for them."""
     wanted = {f"epoch-{epoch:03d}" for epoch in candidate_epochs(state["history"]) or [state["epochs"]]}
-    this = f"epoch-{state['epochs']:03d}"
-    if this in wanted:
-        save_epoch(folder / this, unet, config, dataset, state)
     for old in folder.glob("epoch-*"):
         if old.name not in wanted:
-            shutil.rmtree(old, ignore_errors=True)
+            discard(old)
 
 
 def pick_best(output: Path, config: TrainingConfig, dataset, state: dict, base: Path, device, say) -> dict:
@@ -426,11 +469,19 @@ def pick_best(output: Path, config: TrainingConfig, dataset, state: dict, base: 
 
     The files are what a user loads, and are scored as such. Without pictures the lowest validation loss decides.
     """
-    history = {epoch: (loss, error) for epoch, loss, error in state["history"]}
-    epochs = [epoch for epoch in candidate_epochs(state["history"]) or [state["epochs"]]
-              if all((output / "candidates" / f"epoch-{epoch:03d}" / file).is_file() for file in LORA_FILES)]
-    if not epochs:
-        raise Stop(3, f"{output / 'candidates'} has lost the files of epoch {state['epochs']}: start with --overwrite")
+    history, epochs = {epoch: (loss, error) for epoch, loss, error in state["history"]}, []
+    for epoch in candidate_epochs(state["history"]) or [state["epochs"]]:
+        folder = output / "candidates" / f"epoch-{epoch:03d}"
+        try:
+            read_whole(folder, state["candidates"][str(epoch)])
+            epochs.append(epoch)
+        except (OSError, ValueError, KeyError) as error:
+            say(f"{folder} is damaged ({error}), so this epoch can't be chosen")
+    if not epochs:  # what the last epoch made is still at hand
+        epochs = [state["epochs"]]
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in LORA_FILES:
+            write_whole(folder / file, (output / "last" / file).read_bytes())
     scored, evaluation = {}, None
     if config.sample_prompts:
         spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them
@@ -464,6 +515,9 @@ def pick_best(output: Path, config: TrainingConfig, dataset, state: dict, base: 
         for name, judgement in (("base", evaluation.of_base), ("lora", scored[epoch])):
             result[f"score_{name}"] = judgement.score
             result[f"colourfulness_{name}"] = judgement.mean_measure("colourfulness")
+    else:
+        for name in ("scores.json", "before_after.png"):  # of an earlier end of this run: not of this LoRA
+            (output / name).unlink(missing_ok=True)
     return result
 
 
@@ -471,6 +525,7 @@ def pick_best(output: Path, config: TrainingConfig, dataset, state: dict, base: 
 
 
 @stop_signal
+@folder_lock
 def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     """Run a whole training, or what is left of it, and return the summary; raises Stop or an input error."""
     started = process_start or time.time()
@@ -508,7 +563,11 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     action = "new" if config.dry_run else check_output_folder(output, run, MAY_CHANGE_ON_RESUME, config.overwrite)
     if action == "finished":
         say(f"{output} holds this run, finished. More num_train_epochs go on from there, --overwrite starts anew.")
+        living_runs(output)  # which deletes the mark of one that was killed at its very end
         return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    if is_main and not config.dry_run:
+        folder_lock.take(output)
+        remove_leftovers(output, Path(config.cache_dir))
     tokenizer = find_tokenizer(config.pretrained_model)
     say(dataset.report(tokenizer))
     say(f"Effective batch: {config.train_batch_size} x {config.gradient_accumulation_steps} x "
@@ -559,13 +618,16 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         "step": 0, "optimizer_steps": 0, "images_seen": 0, "bad_steps": 0, "skipped_steps": 0, "train_seconds": 0.0,
         "epochs": 0, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": 0.0, "total_log_decay": 0.0,
         "val_loss_start": None, "val_loss_best": None, "history": [], "epochs_without_improvement": 0,
-        "plan": None,
+        "plan": None, "row": None, "candidates": {}, "fingerprint": fingerprint_of(run, MAY_CHANGE_ON_RESUME),
     }
 
     # Resume where a checkpoint says, or start in an empty folder.
     if action == "resume":
         with accelerator.main_process_first():  # it moves damaged checkpoints aside
-            tensors, state, problems = load_newest_checkpoint(output / "checkpoints")
+            tensors, state, problems = load_newest_checkpoint(output / "checkpoints", state["fingerprint"])
+            if is_main:  # killed before it could: the newest has just proved good
+                prune_checkpoints(output / "checkpoints", config.keep_checkpoints)
+                prune_candidates(output / "candidates", state)
         restore(tensors, weights, optimizer, state["optimizer_steps"])
         scaler.load_state_dict(state["scaler"])
         if config.num_train_epochs < state["epochs"] or (
@@ -592,24 +654,27 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     plan.apply(unet)
     say(f"Device {device}, precision {precision}. Memory: {plan}, {free.item() / 2**30:.1f} GiB are free")
     if is_main:
+        check_space(output, len(weights), config)
         run |= {"base": str(base.resolve()), "torch": torch.__version__, "device": str(device)}
-        start_folder(output, run, resumed_from_step, action)
+        start_folder(output, run, resumed_from_step - (state["row"] is not None), action)
+    stop_signal.overwrite_is_done = True
     tensorboard = open_tensorboard(output / "tensorboard", resumed_from_step) if is_main else None
 
     def save() -> None:
         state["total_steps"], state["scaler"], state["plan"] = total_steps, scaler.state_dict(), vars(plan)
+        if not weights.isfinite().all():
+            raise Stop(4, f"step {state['step']}: the weights are not finite. They were not saved, the last checkpoint "
+                          "stands: lower learning_rate")
         if is_main:
             tensors = gather(weights, optimizer)
             save_checkpoint(output / "checkpoints", state["step"], tensors, state, config.keep_checkpoints)
+            prune_candidates(output / "candidates", state)
         accelerator.wait_for_everyone()
 
     def save_and_stop() -> None:
         save()
         bar.close()
-        again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
-        again = again if __name__ == "__main__" and accelerator.num_processes == 1 else "start it the same way"
-        exit_code = 128 + (stop_signal.number or signal.SIGTERM)  # another process may have got the signal
-        raise Stop(exit_code, f"interrupted, saved after step {state['step']} of {total_steps}; to go on: {again}")
+        stop_signal.stop(f"interrupted, saved after step {state['step']} of {total_steps}")
 
     def sample(epoch: int) -> None:
         wanted = config.sample_prompts and config.sample_every_n_epochs
@@ -621,7 +686,8 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
                 if number == epoch or not file.is_file():
                     weights.data.copy_(trained if number else torch.zeros_like(trained))
                     title = f"epoch {number}"
-                    evaluate_lora.sample_sheet(unet, vae, scheduler, prompts, vars(config), title).save(file)
+                    picture = evaluate_lora.sample_sheet(unet, vae, scheduler, prompts, vars(config), title)
+                    evaluate_lora.write_picture(file, picture)
             weights.data.copy_(trained)
             del vae
             free_memory(device)
@@ -657,7 +723,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
 
     def settle(waiting: int) -> None:
         """Book the launched steps, all but the last `waiting`, as soon as their results have left the device."""
-        nonlocal row, clock, first_step_seconds, interrupted
+        nonlocal clock, first_step_seconds, interrupted
         while len(launched) > waiting:
             number, lr, window, results = launched.pop(0)
             w_loss, penalty, finite, signal_number = results()
@@ -681,14 +747,15 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             first_step_seconds = first_step_seconds or time.time() - started
             images_per_s = round(len(window) / seconds, 2)
             row = [epoch + 1, number, loss, w_loss, penalty, "", lr, weight_decay, images_per_s]
+            state["row"] = None if number % steps_per_epoch else row  # an epoch's last waits for the validation loss
             bar.set_postfix_str(f"loss: {loss:.4f}, w_loss: {w_loss:.4f}, penalty: {penalty:.4f}", refresh=False)
             bar.update()
-            if is_main and number % steps_per_epoch:  # an epoch's last row waits for the validation loss
+            if is_main and not state["row"]:
                 write_metrics(output, row, tensorboard)
 
     bar = tqdm(desc="Training", total=total_steps, initial=state["step"], unit="step", disable=not is_main)
-    first_step_seconds, interrupted, launched, row = None, False, [], None
-    stop_signal.training = True
+    first_step_seconds, interrupted, launched = None, False, []
+    stop_signal.defer(True)
     while not done(state, config):
         # Every epoch has its weight decay and its drawing order.
         epoch = state["epochs"]
@@ -728,38 +795,46 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             last = state["step"] % steps_per_epoch == 0
             at_once = not reads_late(device) or last or (stop_signal.number and accelerator.num_processes == 1)
             settle(0 if at_once else 1)
-            if interrupted and not last:
+            if interrupted:
                 settle(0)
                 save_and_stop()
 
-        # The epoch's end: decay, validate, keep the best, sample, save.
+        # The epoch's end: decay, validate, keep the best, sample, save. If interrupted, it is resumed from its start.
+        before = copy.deepcopy(state), weights.detach().clone()
         left = apply_decay(weights.data, state["log_decay"])
         state["total_log_decay"] += state["log_decay"] - left
         say(f"Epoch {epoch + 1}: Average Loss: {state['epoch_loss'] / max(1, state['epoch_images']):.4f}")
-        state |= {"epochs": epoch + 1, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": left}
-        better = True
-        if dataset.validation:
-            val_loss, error = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
-            if not math.isfinite(val_loss):
-                raise Stop(4, f"the validation loss after epoch {epoch + 1} is {val_loss}. Nothing was exported, the "
-                              "last checkpoint stands: lower learning_rate")
-            better = state["val_loss_best"] is None or val_loss < state["val_loss_best"]
-            say(f"Epoch {epoch + 1}: Validation Loss: {val_loss:.4f}{' (best so far)' if better else ''}")
-            row[5] = val_loss
-            state["history"].append([epoch + 1, val_loss, error])
-            state["val_loss_best"] = val_loss if better else state["val_loss_best"]
-        state["epochs_without_improvement"] = 0 if better else state["epochs_without_improvement"] + 1
+        row, better = state["row"], True
+        state |= {"epochs": epoch + 1, "epoch_loss": 0.0, "epoch_images": 0, "log_decay": left, "row": None}
+        try:
+            stop_signal.defer(accelerator.num_processes > 1)
+            if dataset.validation:
+                val_loss, error = validate(unet, scheduler, dataset, encoded, config.seed, accelerator)
+                if not math.isfinite(val_loss):
+                    raise Stop(4, f"the validation loss after epoch {epoch + 1} is {val_loss}. Nothing was exported, "
+                                  "the last checkpoint stands: lower learning_rate")
+                better = state["val_loss_best"] is None or val_loss < state["val_loss_best"]
+                say(f"Epoch {epoch + 1}: Validation Loss: {val_loss:.4f}{' (best so far)' if better else ''}")
+                row[5] = val_loss
+                state["history"].append([epoch + 1, val_loss, error])
+                state["val_loss_best"] = val_loss if better else state["val_loss_best"]
+            state["epochs_without_improvement"] = 0 if better else state["epochs_without_improvement"] + 1
+            if is_main:
+                keep_candidate(output / "candidates", unet, config, dataset, state)
+            sample(epoch + 1)
+            stop_signal.defer(True)
+        except Interrupted:
+            stop_signal.defer(True)
+            state = before[0]
+            weights.data.copy_(before[1])
+            save_and_stop()
         if is_main:
             write_metrics(output, row, tensorboard)
-            keep_candidates(output / "candidates", unet, config, dataset, state)
-        sample(epoch + 1)
         due = config.save_every_n_epochs and (epoch + 1) % config.save_every_n_epochs == 0
         if due or done(state, config):
             save()
-        if interrupted and not done(state, config):
-            save_and_stop()
     bar.close()
-    stop_signal.training = False
+    stop_signal.defer(False)
     if tensorboard is not None:
         tensorboard.close()
 
@@ -804,4 +879,6 @@ if __name__ == "__main__":
             raise
         end(Stop(3, "out of memory: let other programs free some, or lower resolution; what was saved stays whole"))
     except OSError as error:
-        end(Stop(3, f"{error.strerror or error}: {error.filename or CONFIG.output_dir}; what was saved stays whole"))
+        remedy = f"{'free some' if error.errno == errno.ENOSPC else 'mend it'}, then the same command goes on"
+        what = f"{error.strerror or error}: {error.filename or CONFIG.output_dir}"
+        end(Stop(3, f"{what}; what was saved stays whole; {remedy}"))

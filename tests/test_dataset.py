@@ -645,7 +645,7 @@ def test_another_vae_under_the_same_name_has_another_identity(tmp_path, tiny_bas
     assert folder_identity(tmp_path) != before
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "not a number", "garbage"])
+@pytest.mark.parametrize("damage", ["torn", "empty", "not a number", "garbage", "one bit"])
 def test_a_damaged_entry_is_encoded_again(tmp_path, few, tiny_base, damage):
     cache = tmp_path / "cache"
     mean, std, _ = encode_and_count(few, cache, "vae", tiny_base)
@@ -656,7 +656,10 @@ def test_a_damaged_entry_is_encoded_again(tmp_path, few, tiny_base, damage):
         safetensors.torch.save_file(tensors, file)
     else:
         whole = file.read_bytes()
-        file.write_bytes({"torn": whole[:-9], "empty": b"", "garbage": b"\xff" * len(whole)}[damage])
+        file.write_bytes({
+            "torn": whole[:-9], "empty": b"", "garbage": b"\xff" * len(whole),
+            "one bit": whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:],
+        }[damage])  # fmt: skip
     again = encode_and_count(few, cache, "vae", tiny_base)
     assert again[2] == 1
     assert torch.equal(again[0], mean) and torch.equal(again[1], std)
@@ -697,6 +700,17 @@ def test_a_face_that_encodes_to_nan_is_named(tmp_path, few, tiny_base):
     with pytest.raises(InputError, match=r"face000\.png encodes to NaN"):
         encode_faces(few, tmp_path / "cache", "vae", broken)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_texts_that_encode_to_nan_are_named_and_not_cached(tmp_path, tiny_base):
+    def damaged():
+        tokenizer, text_encoder = load_text_encoder(tiny_base, torch.device("cpu"))
+        text_encoder.get_input_embeddings().weight.data[tokenizer("z").input_ids[1]] = math.inf
+        return tokenizer, text_encoder
+
+    with pytest.raises(InputError, match="1 texts encode to NaN or infinity, 'z' first"):
+        encode_texts(["", "a", "z"], tmp_path, "identity", damaged)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_text_embeddings_equal_the_pipelines_and_are_encoded_once(tmp_path, tiny_base):

@@ -982,6 +982,7 @@ def test_an_interrupt_while_a_step_is_unread_saves_it_too_and_resumes_to_the_sam
         with pytest.raises(trainer.Stop, match=f"saved after step {saved} of 12") as stop:
             run(config)
     assert stop.value.exit_code == 143 and late[-1] == ("read", saved)
-    assert [row["step"] for row in metrics(config)] == [str(number) for number in range(1, saved + 1)]
+    written = saved - (saved % 4 == 0)  # an epoch's last row waits for its validation loss
+    assert [row["step"] for row in metrics(config)] == [str(number) for number in range(1, written + 1)]
     assert run(config)["resumed_from_step"] == saved
     assert (metrics(config), exported(config), exported(config, "last/pytorch_lora_weights.bin")) == uninterrupted
