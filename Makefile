@@ -1,6 +1,6 @@
 # make demo        train the embedded demo, leave pictures in demo_output/
 # make test        lint and all default tests, as continuous integration runs them
-# make test-long   the whole demo, held to the figures that the README gives, and bench/run_gpu.sh, small
+# make test-long   the whole demo, held to the figures that the README gives; bench/run_gpu.sh, small; every promise's cases
 
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
@@ -15,7 +15,8 @@ test: .venv/installed-tests
 	$(VENV_PYTHON) -m pytest -n auto --dist loadfile
 
 test-long: .venv/installed-tests
-	$(VENV_PYTHON) -m pytest -m long
+	$(VENV_PYTHON) -m pytest -m "long and not promise"
+	$(VENV_PYTHON) -m pytest -m promise -n auto --record tests/promises.json
 
 # torch comes first and pinned: another package's open range would fetch a build of several gigabytes.
 .venv/installed: requirements.txt constraints.txt
