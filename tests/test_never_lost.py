@@ -396,6 +396,13 @@ def test_a_run_killed_while_it_overwrites_another_is_started_by_the_same_command
     check_killed(config, expected, trainer, "start_folder", 1, lambda: kill_me_at_write(write))
 
 
+@pytest.mark.promise("Killed, the same command ends with the same files")
+def test_a_run_interrupted_in_a_validation_and_then_killed_after_it_counts_its_last_step_once(config, undisturbed):
+    """Its row is in metrics.csv already, but not in the checkpoint, which is from before the validation."""
+    interrupted(config, trainer, "validate", 2)
+    check_killed(config, undisturbed[0], trainer, "save_checkpoint", 1, lambda: kill_me_at_write(1))
+
+
 def test_a_second_signal_ends_the_run_at_once_and_still_nothing_is_lost(config, undisturbed):
     def twice():
         send()
