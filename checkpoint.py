@@ -122,6 +122,7 @@ def start_folder(output: Path, run: dict, step: int, action: str) -> None:
             shutil.rmtree(path)
         elif name != "config.json":
             path.unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "config.json", json.dumps(run, indent=1).encode())
     (output / "samples").mkdir(exist_ok=True)
     rows = []
