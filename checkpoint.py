@@ -205,7 +205,8 @@ def living_runs(folder: Path) -> list[tuple[Path, int, int, str]]:
 
 def _is_running(pid: int, started: int) -> bool:
     try:
-        return abs(psutil.Process(pid).create_time() - started) <= 2
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) <= 2 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

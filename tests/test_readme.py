@@ -18,7 +18,7 @@ LAUNCH_FLAGS = {  # of accelerate launch
     "num_processes", "multi_gpu", "cpu", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
 }
 BENCH_FLAGS = {"model", "rows", "steps", "warmup", "stage", "rate", "seeds", "out"}
-OTHER_FLAGS = {"lora", "index-url", "help"} | LAUNCH_FLAGS | BENCH_FLAGS  # of evaluate_lora.py, pip and argparse
+OTHER_FLAGS = {"lora", "index-url", "help", "record"} | LAUNCH_FLAGS | BENCH_FLAGS  # evaluate_lora.py, pip, pytest
 ORIGINAL_SNIPPET = """\
 from diffusers import StableDiffusionPipeline
 import torch
@@ -205,6 +205,19 @@ def test_tables_of_the_ablation_are_those_of_the_result_files():
     assert table in README, "python bench/ablation.py --table prints it"
 
 
+def promises_table() -> str:
+    tried = json.loads((ROOT / "tests" / "promises.json").read_text(encoding="utf-8"))
+    rows = [f"| {name} | {count} |" for name, count in (tried | {"all": sum(tried.values())}).items()]
+    return "\n".join(["| promise | cases tried, none failed |", "|---|---|", *rows])
+
+
+def test_table_of_promises_is_that_of_the_last_recorded_test_run():
+    assert promises_table() in README, "run `python tests/test_readme.py` and paste what it prints"
+    promised = re.findall(r'promise\("(.+?)"\)', "".join(path.read_text(encoding="utf-8") for path in
+                                                         (ROOT / "tests").glob("test_*.py")))  # fmt: skip
+    assert set(promised) == set(json.loads((ROOT / "tests" / "promises.json").read_text(encoding="utf-8")))
+
+
 def test_every_figure_is_measured():
     assert re.findall(r"MEASURE\([^)]*\)", README) == []
 
@@ -215,4 +228,4 @@ def test_readme_is_plain():
 
 
 if __name__ == "__main__":
-    print(constants_table())
+    print(constants_table(), promises_table(), sep="\n\n")
