@@ -10,7 +10,6 @@
 """
 
 import contextlib
-import csv
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+LORA_FILES = ("pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors")
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 PRODUCTS = (  # all that a run writes into its folder, and all that --overwrite deletes
@@ -82,11 +82,11 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
     try:
         before = json.loads((output / "config.json").read_text(encoding="utf-8"))
         constants = dict(before["constants"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(
             f"output_dir={str(output)!r} is not empty and holds no run of this program: choose another output_dir"
         ) from None
-    made = ("summary.json", "pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors")
+    made = ("summary.json", *LORA_FILES)
     saved = any((output / "checkpoints").glob("step-*"))  # damaged ones too: a run is never started over silently
     if overwrite or not (saved or any((output / name).is_file() for name in made)):
         return "new"  # a start that never got as far as a checkpoint holds nothing to lose
@@ -108,7 +108,16 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
         )
     decisive = ("num_train_epochs", "early_stopping_patience")
     same = all(now["constants"][name] == constants.get(name) for name in decisive)
-    return "finished" if same and (output / "summary.json").is_file() else "resume"
+    return "finished" if same and _is_finished(output) else "resume"
+
+
+def _is_finished(output: Path) -> bool:
+    """Whether the end's files are there; if not, a resume makes them again from the last checkpoint."""
+    try:
+        summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(summary, dict) and all((output / name).is_file() for name in LORA_FILES)
 
 
 def start_folder(output: Path, run: dict, step: int, action: str) -> None:
@@ -126,9 +135,10 @@ def start_folder(output: Path, run: dict, step: int, action: str) -> None:
     write_whole(output / "config.json", json.dumps(run, indent=1).encode())
     (output / "samples").mkdir(exist_ok=True)
     rows = []
-    if step and (output / "metrics.csv").is_file():
-        with open(output / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(METRICS) and row[1].isdigit()]
+    if step and (output / "metrics.csv").is_file():  # another program may have written to it: what is no row goes
+        text = (output / "metrics.csv").read_text(encoding="utf-8", errors="replace")
+        rows = [row for row in (line.split(",") for line in text.splitlines())
+                if len(row) == len(METRICS) and re.fullmatch("[0-9]{1,9}", row[1])]  # fmt: skip
     lines = [",".join(METRICS), *(",".join(row) for row in rows if int(row[1]) <= step)]
     write_whole(output / "metrics.csv", ("\n".join(lines) + "\n").encode())
 
@@ -226,10 +236,11 @@ def remove_leftovers(output: Path, cache: Path) -> None:
     for path in [*output.glob(".*.tmp"), *(path for name in PRODUCTS for path in (output / name).rglob(".*.tmp"))]:
         if TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in cache.glob("*/*/*.tmp"):
+    for path in [*cache.glob("latents/*/*.safetensors.*.tmp"), *cache.glob("texts/*/*.safetensors.*.tmp")]:
         found = TEMPORARY.fullmatch(path.name)
-        if found and not psutil.pid_exists(int(found[1])) and time.time() - path.stat().st_mtime > 60:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another run cleans up, too
+            if found and not psutil.pid_exists(int(found[1])) and time.time() - path.stat().st_mtime > 60:
+                path.unlink()
 
 
 # Checkpoints -----------------------------------------------------------------------------------------------------
@@ -367,7 +378,8 @@ def load_newest_checkpoint(
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise ValueError("state.safetensors holds numbers that are not finite")
             return tensors, state, problems
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError,
+                AttributeError, RecursionError, SafetensorError) as error:  # not a disk that fails for a moment
             why = f"{error.strerror}: {Path(error.filename).name}" if isinstance(error, OSError) else error
             aside = path.with_name(f"{path.name}.corrupt")
             shutil.rmtree(aside, ignore_errors=True)

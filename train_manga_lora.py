@@ -114,7 +114,6 @@ MAY_CHANGE_ON_RESUME = {
     "cache_dir", "dry_run", "overwrite",
 }
 MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # the former was deleted
-LORA_FILES = ("pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors")
 MAX_BAD_STEPS = 20  # this many non-finite steps in a row are a divergence, not a loss scale that is still settling
 
 
@@ -226,7 +225,8 @@ from base_model import (
     BaseModelError, check_resolution, find_base, find_tokenizer, load_text_encoder, load_unet, load_vae,
 )
 from checkpoint import (
-    CheckpointError, FolderLock, check_output_folder, describe, discard, fingerprint_of, gather, living_runs,
+    LORA_FILES, CheckpointError, FolderLock, check_output_folder, describe, discard, fingerprint_of, gather,
+    living_runs,
     load_newest_checkpoint, prune_checkpoints, read_whole, remove_leftovers, restore, save_checkpoint, space_held,
     start_folder, write_metrics, write_whole,
 )

@@ -26,6 +26,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -567,6 +568,38 @@ def test_a_run_whose_newest_checkpoint_is_bad_goes_on_from_the_one_before_to_the
     assert len(told) == 1 and "moved to step-000006.corrupt" in told[0]
     shutil.rmtree(newest.with_name("step-000006.corrupt"))
     check_same(config.output_dir, undisturbed[0])
+
+
+@pytest.mark.parametrize("lost", ["summary.json", "pytorch_lora_weights.bin", "a byte of summary.json"])
+def test_a_finished_folder_that_lost_a_file_gets_it_again(undisturbed, plain, config, lost):
+    shutil.copytree(plain.output_dir, config.output_dir)
+    if lost.startswith("a byte"):
+        Path(config.output_dir, "summary.json").write_text("{")
+    else:
+        Path(config.output_dir, lost).unlink()
+    assert trainer.main(config)["resumed_from_step"] == 8
+    check_same(config.output_dir, undisturbed[0])
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xfe", "1,\u00b2,1,1,1,,1,1,1".encode(), b'"' + b"x" * 200_000])
+def test_what_another_program_wrote_into_metrics_csv_is_dropped_and_the_run_goes_on(
+    two_checkpoints, config, undisturbed, junk
+):
+    shutil.copytree(two_checkpoints[1], config.output_dir)
+    with open(Path(config.output_dir, "metrics.csv"), "ab") as file:
+        file.write(junk + b"\n")
+    assert trainer.main(config)["resumed_from_step"] == 6
+    check_same(config.output_dir, undisturbed[0])
+
+
+def test_a_disk_that_fails_for_a_moment_is_not_taken_for_a_damaged_checkpoint(two_checkpoints, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(Path(two_checkpoints[1], "checkpoints"), folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", mock.Mock(side_effect=OSError(errno.EIO, "I/O error", "state.json")))
+        with pytest.raises(OSError, match="I/O error"):
+            checkpoint.load_newest_checkpoint(folder)
+    assert not list(folder.glob("*.corrupt")) and checkpoint.load_newest_checkpoint(folder)[1]["step"] == 6
 
 
 @pytest.mark.promise("A damaged checkpoint is put aside for the one before")
