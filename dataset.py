@@ -228,6 +228,8 @@ def _read_face(name: str, path: Path, captions: tuple[str, ...]) -> Sample | str
     try:
         sha256 = _sha256(path)
         picture = _upright_rgb(path)
+    except MemoryError:  # is no fault of the picture's
+        raise
     except Exception as error:  # on a damaged file Pillow also trips with struct.error, TypeError and others
         return f"{path.name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
     return Sample(name, path, captions, sha256, picture.size, (dhash(picture), dhash(ImageOps.mirror(picture))))
@@ -567,7 +569,7 @@ def encode_faces(
             _write_entry(files[index], {"mean": mean, "std": std})
     barrier()
     for index in missing:
-        entries[index] = _read_entry(files[index])
+        entries[index] = _read_back(files[index])
     return torch.stack([entry["mean"] for entry in entries]), torch.stack([entry["std"] for entry in entries])
 
 
@@ -604,7 +606,7 @@ def encode_texts(
                              "pretrained_model is damaged, or overflows in this mixed_precision")
         _write_entry(file, {"embeddings": embeddings})
     barrier()
-    return (entry or _read_entry(file))["embeddings"]
+    return (entry or _read_back(file))["embeddings"]
 
 
 @torch.no_grad()
@@ -638,6 +640,14 @@ def _read_entry(file: Path) -> dict[str, torch.Tensor] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         return None
     return tensors if all(torch.isfinite(tensor).all() for tensor in tensors.values()) else None
+
+
+def _read_back(file: Path) -> dict[str, torch.Tensor]:
+    entry = _read_entry(file)
+    if entry is None:
+        raise InputError(f"{file} was written a moment ago and is gone or damaged: leave cache_dir alone while a run "
+                         "encodes, then the same command goes on")  # fmt: skip
+    return entry
 
 
 def _write_entry(file: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -318,6 +318,7 @@ class StopSignal(contextlib.ContextDecorator):
     def stop(self, message: str) -> None:
         """Raise Interrupted, with the command that goes on."""
         words = [word for word in sys.argv if not (self.overwrite_is_done and word == "--overwrite")]
+        words += ["--no-overwrite"] if self.overwrite_is_done and TrainingConfig.overwrite else []  # edited above
         alone = __name__ == "__main__" and os.environ.get("WORLD_SIZE", "1") == "1"
         again = shlex.join(["python", *words]) if alone else "start it the same way"
         raise Interrupted(128 + (self.number or signal.SIGTERM), f"{message}; to go on: {again}")

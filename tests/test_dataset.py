@@ -291,6 +291,21 @@ def test_pictures_without_contrast_are_not_all_taken_for_one(tmp_path):
     assert not MangaFaceDataset(faces.dataset_dir, faces.json_file, 8).alike
 
 
+def test_a_picture_that_memory_does_not_suffice_for_is_not_taken_for_a_bad_one(tmp_path, monkeypatch):
+    faces = make_faces(tmp_path, [COMMON] * 3)
+    monkeypatch.setattr(dataset_module, "_upright_rgb", lambda path: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        MangaFaceDataset(faces.dataset_dir, faces.json_file, 8)
+
+
+def test_a_cache_that_loses_what_was_just_encoded_is_named(tmp_path, monkeypatch):
+    faces = make_faces(tmp_path / "faces", [COMMON] * 3)
+    monkeypatch.setattr(dataset_module, "encode_image", lambda *_: (torch.zeros(4, 1, 1), torch.ones(4, 1, 1)))
+    monkeypatch.setattr(dataset_module, "_write_entry", lambda *_: None)
+    with pytest.raises(InputError, match="leave cache_dir alone"):
+        encode_faces(faces, tmp_path / "cache", "vae", lambda: None)
+
+
 # Pixels ----------------------------------------------------------------------------------------------------------
 
 
