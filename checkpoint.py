@@ -34,18 +34,15 @@ PRODUCTS = (  # all that a run writes into its folder, and all that --overwrite 
     "before_after.png",
     "best.json",
     "scores.json",
-    "pytorch_lora_weights.bin",
-    "pytorch_lora_weights.safetensors",
+    *LORA_FILES,
     "samples",
     "checkpoints",
     "last",
     "candidates",
     "tensorboard",
 )
-
-
-TEMPORARY = re.compile(r".+\.(\d+)\.tmp")
-LOCK = re.compile(r"\.running-(\d+)-(\d+)@(.*)")
+TEMPORARY = re.compile(r".+\.(\d+)\.tmp")  # what process number ... is writing
+LOCK = re.compile(r"\.running-(\d+)-(\d+)@(.*)")  # process number, when it started, its machine
 
 
 class CheckpointError(RuntimeError):

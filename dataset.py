@@ -643,6 +643,7 @@ def _read_entry(file: Path) -> dict[str, torch.Tensor] | None:
 
 
 def _read_back(file: Path) -> dict[str, torch.Tensor]:
+    """An entry that this run, or another process of it, has just written."""
     entry = _read_entry(file)
     if entry is None:
         raise InputError(f"{file} was written a moment ago and is gone or damaged: leave cache_dir alone while a run "

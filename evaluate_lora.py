@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 
 from base_model import BaseModelError, find_base, load_text_encoder, load_unet, load_vae
-from checkpoint import write_whole
+from checkpoint import LORA_FILES, write_whole
 from dataset import InputError, MangaFaceDataset, encode_faces, encode_image, folder_identity, load_image
 from lora_layers import read_lora_weights
 
@@ -703,7 +703,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", required=True, metavar="FOLDER", help="output folder of a finished training")
     folder = Path(parser.parse_args(arguments).lora)
-    lora_file = folder / "pytorch_lora_weights.safetensors"
+    lora_file = folder / LORA_FILES[-1]
     if not (folder / "config.json").is_file() or not lora_file.is_file():
         raise InputError(f"--lora {folder} holds no finished training: run train_manga_lora.py first")
     constants, data, base = read_run(folder)

@@ -48,6 +48,11 @@ def check_refused(script, place: Path, config_or_arguments, *words: str) -> None
     assert snapshot(place) == before
 
 
+def check_captions_refused(script, place: Path, content: bytes, words: list[str]) -> None:
+    (place / "faces" / "modified_face_250.json").write_bytes(content)
+    check_refused(script, place, flags(place, "nowhere"), "modified_face_250.json", *words)
+
+
 def flags(place: Path, base, *more: str) -> list[str]:
     return ["--dataset_dir", "faces", "--output_dir", "out", "--cache_dir", "cache", "--pretrained_model", str(base),
             "--resolution", "64", "--num_workers", "0", "--sample_prompts", "--num_train_epochs", "1", *more]
@@ -189,9 +194,7 @@ CAPTION_FILES = {  # content, words of the message
 @TOLD
 @pytest.mark.parametrize("case", CAPTION_FILES)
 def test_a_bad_caption_file_is_told_with_its_place_and_the_shape_expected(script, place, case):
-    content, words = CAPTION_FILES[case]
-    (place / "faces" / "modified_face_250.json").write_bytes(content)
-    check_refused(script, place, flags(place, "nowhere"), "modified_face_250.json", *words)
+    check_captions_refused(script, place, *CAPTION_FILES[case])
 
 
 @TOLD
