@@ -18,7 +18,7 @@ LAUNCH_FLAGS = {  # of accelerate launch
     "num_processes", "multi_gpu", "cpu", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
 }
 BENCH_FLAGS = {"model", "rows", "steps", "warmup", "stage", "rate", "seeds", "out"}
-OTHER_FLAGS = {"lora", "index-url", "help", "record"} | LAUNCH_FLAGS | BENCH_FLAGS  # evaluate_lora.py, pip, pytest
+OTHER_FLAGS = {"lora", "index-url", "help", "record", "dist"} | LAUNCH_FLAGS | BENCH_FLAGS  # other programs
 ORIGINAL_SNIPPET = """\
 from diffusers import StableDiffusionPipeline
 import torch
