@@ -1,6 +1,6 @@
 # make demo        train the embedded demo, leave pictures in demo_output/
 # make test        lint and all default tests, as continuous integration runs them
-# make test-long   the whole demo, held to the figures that the README gives; bench/run_gpu.sh, small; every promise's cases
+# make test-long   the whole demo still turns colour into ink, in time; bench/run_gpu.sh, small; every promise's cases
 
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
@@ -12,6 +12,7 @@ demo: .venv/installed
 
 test: .venv/installed-tests
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	$(VENV_PYTHON) -m pytest -n auto --dist loadfile
 
 test-long: .venv/installed-tests

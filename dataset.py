@@ -1,18 +1,22 @@
 """Captions and faces in, weighted training samples out.
 
-    caption JSON + image folder -> MangaFaceDataset: samples, hold-out split, TF-IDF weights, drawing order
-    MangaFaceDataset            -> encode_faces(), encode_texts(): each face and text once, cached by content
+    caption JSON + image folder -> MangaFaceDataset: faces, hold-out split, TF-IDF weights, drawing order
+
+One word for one thing, here and wherever the data set is used:
+
+    face       a number: which of `dataset.faces`        text      a number: which of `dataset.texts`
+    position   a number: which of `dataset.train`, the list of the faces that are trained on
 
 Useful on its own: `MangaFaceDataset("faces_dataset", "faces_dataset/modified_face_250.json").report()`.
 Letters in shapes: B batch, C latent channels, H W pixels, h w latent, T tokens, D text width.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import re
 import reprlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -20,30 +24,21 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from sklearn.feature_extraction.text import TfidfVectorizer
-from tqdm import tqdm
 
-from checkpoint import replace
+from training.files import InputError, sha256_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may decode, whatever the suffix claims
-ENCODING_VERSION = 2  # raise it when load_image or the encoding changes: old cache entries are then ignored
 MAX_CAPTION_BYTES = 2**26  # a caption file of 64 MiB would describe 100,000 faces: larger ones aren't read
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192; small files can claim far more, and fill the memory
-TEXT_BATCH = 32  # texts encoded at a time
 DHASH_SIDE = 32  # a picture's hash compares 32 x 32 neighbours; 8 x 8, as is common, takes all faces for one another
 NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two likest faces 13
 GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, fill [0, 1) as evenly as any sequence can
 
 
-class InputError(ValueError):
-    """Something the user can mend: the message names the thing, its value and the remedy in one line."""
-
-
 @dataclass(frozen=True)
-class Sample:
+class Face:
     """One face: where it is, what it shows, and what its bytes hash to."""
 
     name: str  # image_name as the caption file has it
@@ -119,8 +114,10 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None =
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
     dots = not posix.parts or any(not part.strip(". ") for part in posix.parts)  # to Windows, ".. " is ".."
     if dots or windows.drive or posix.is_absolute() or re.search(r"[\0-\x1f\x7f-\x9f\\]", name):
-        raise InputError(f"image_name {name[:80]!r} leads out of {dataset_dir}, or is no name on every system: only "
-                         "plain names inside the folder are read")  # fmt: skip
+        raise InputError(
+            f"image_name {name[:80]!r} leads out of {dataset_dir}, or is no name on every system: only "
+            "plain names inside the folder are read"
+        )
 
     def check_inside(path: Path) -> None:
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(dataset_dir)):
@@ -194,21 +191,22 @@ def dhash(image: Image.Image) -> bytes:
     return np.packbits(np.diff(np.asarray(small).astype(int), axis=1) > 16).tobytes()
 
 
-def near_duplicates(samples: list["Sample"]) -> list[int]:
-    """For each sample the first of its group: samples that look alike, mirrored or not, directly or by way of others.
+def near_duplicates(faces: list["Face"]) -> list[int]:
+    """For each face the first of its group: faces that look alike, mirrored or not, directly or by way of others.
 
     Of what is set in either hash less than an eighth may differ, so that pictures without contrast aren't all alike.
     Copies of one file are in one group, too. Compares all pairs: 10,000 faces take seconds.
     """
     plain, mirrored = (
-        np.frombuffer(b"".join(sample.dhashes[side] for sample in samples), np.uint64).reshape(len(samples), -1)
+        np.frombuffer(b"".join(face.dhashes[side] for face in faces), np.uint64).reshape(len(faces), -1)
         for side in (0, 1)
     )
-    files, bits = np.array([sample.sha256 for sample in samples]), np.bitwise_count(plain).sum(axis=1, dtype=int)
-    first = list(range(len(samples)))
-    for index in range(len(samples)):
-        differing = np.minimum(*(np.bitwise_count(plain[index] ^ others[:index]).sum(axis=1, dtype=int)
-                                 for others in (plain, mirrored)))  # fmt: skip
+    files, bits = np.array([face.sha256 for face in faces]), np.bitwise_count(plain).sum(axis=1, dtype=int)
+    first = list(range(len(faces)))
+    for index in range(len(faces)):
+        differing = np.minimum(
+            *(np.bitwise_count(plain[index] ^ others[:index]).sum(axis=1, dtype=int) for others in (plain, mirrored))
+        )
         either = (bits[index] + bits[:index] + differing) // 2  # few in a soft picture: then few may differ
         alike = (differing <= NEAR_DUPLICATE) & (8 * differing < either) | (files[index] == files[:index])
         groups = {first[other] for other in np.flatnonzero(alike)}
@@ -218,21 +216,16 @@ def near_duplicates(samples: list["Sample"]) -> list[int]:
     return first
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_face(name: str, path: Path, captions: tuple[str, ...]) -> Sample | str:
-    """The sample, or why its file can't be used. Decodes all of it: a torn file must fail here, not in epoch 3."""
+def _read_face(name: str, path: Path, captions: tuple[str, ...]) -> Face | str:
+    """The face, or why its file can't be used. Decodes all of it: a torn file must fail here, not in epoch 3."""
     try:
-        sha256 = _sha256(path)
+        sha256 = sha256_of(path)
         picture = _upright_rgb(path)
     except MemoryError:  # is no fault of the picture's
         raise
     except Exception as error:  # on a damaged file Pillow also trips with struct.error, TypeError and others
         return f"{path.name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
-    return Sample(name, path, captions, sha256, picture.size, (dhash(picture), dhash(ImageOps.mirror(picture))))
+    return Face(name, path, captions, sha256, picture.size, (dhash(picture), dhash(ImageOps.mirror(picture))))
 
 
 # The data set --------------------------------------------------------------------------------------------------
@@ -249,9 +242,9 @@ class MangaFaceDataset:
         num_workers: threads that read images; 0 = none.
 
     Attributes:
-        samples: every usable face. train, validation: their indices into samples.
+        faces: every usable Face. train, validation: indices into faces.
         weights: float64, one per training face, mean 1 (all 1 with weighting "off").
-        alike: groups of samples that are nearly the same picture.
+        alike: groups of faces that are nearly the same picture.
         texts: every text that may be drawn, each once; texts[0] is "" (caption dropout).
 
     Raises:
@@ -275,12 +268,18 @@ class MangaFaceDataset:
         self.dataset_dir, self.json_file, self.resolution = Path(dataset_dir), Path(json_file), resolution
         self.weighting, self.weight_min, self.weight_max, self.seed = weighting, weight_min, weight_max, seed
         self.skipped: list[str] = []  # one line per face that can't be used
-        self.samples = self._read_samples(max(1, num_workers))
+        self.faces = self._read_faces(max(1, num_workers))
         self.train, self.validation = self._split(validation_share)
         self.weights = self._calculate_sample_weights() if weighting != "off" else np.ones(len(self.train))
-        self.texts = list(dict.fromkeys(["", *(text for sample in self.samples for text in sample.texts)]))
+        self.texts = list(dict.fromkeys(["", *(text for face in self.faces for text in face.texts)]))
         position = {text: index for index, text in enumerate(self.texts)}
-        self.text_indices = [[position[text] for text in sample.texts] for sample in self.samples]
+        self.text_indices = [[position[text] for text in face.texts] for face in self.faces]
+
+    @classmethod
+    def from_config(cls, config) -> "MangaFaceDataset":
+        """From the constants of the same names."""
+        names = list(inspect.signature(cls).parameters)
+        return cls(**{name: getattr(config, name) for name in names})
 
     def __len__(self) -> int:
         """Training faces; also the draws of one epoch."""
@@ -288,17 +287,17 @@ class MangaFaceDataset:
 
     def __getitem__(self, index: int) -> dict:
         """{"pixel_values": (3, H, W) in [-1, 1], "captions": texts, "weight": float} of training face `index`."""
-        sample = self.samples[self.train[index]]
-        pixels = load_image(sample.path, self.resolution)
-        return {"pixel_values": pixels, "captions": sample.texts, "weight": float(self.weights[index])}
+        face = self.faces[self.train[index]]
+        pixels = load_image(face.path, self.resolution)
+        return {"pixel_values": pixels, "captions": face.texts, "weight": float(self.weights[index])}
 
     @property
     def fingerprint(self) -> str:
         """Hash of every pixel file and caption: a run can only be resumed on the same data."""
-        content = [(sample.name, sample.sha256, sample.captions) for sample in self.samples]
+        content = [(face.name, face.sha256, face.captions) for face in self.faces]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def _read_samples(self, threads: int) -> list[Sample]:
+    def _read_faces(self, threads: int) -> list[Face]:
         if not self.dataset_dir.is_dir():
             raise InputError(f"dataset_dir={str(self.dataset_dir)!r} is not a folder: set dataset_dir, or try --demo")
         found: dict[Path, tuple[str, tuple[str, ...]]] = {}
@@ -315,10 +314,9 @@ class MangaFaceDataset:
         with ThreadPoolExecutor(threads) as pool:
             faces = list(pool.map(lambda path: _read_face(found[path][0], path, found[path][1]), found))
         self.skipped += [face for face in faces if isinstance(face, str)]
-        samples = [face for face in faces if isinstance(face, Sample)]
-        if not samples:
-            raise InputError(self._why_empty())
-        return samples
+        if usable := [face for face in faces if isinstance(face, Face)]:
+            return usable
+        raise InputError(self._why_empty())
 
     def _why_empty(self) -> str:
         """One line on why no face is usable, with the likeliest remedy."""
@@ -338,10 +336,10 @@ class MangaFaceDataset:
 
         Near-duplicates, mirrored ones too, stay on one side: what was trained on in another size is no test.
         """
-        everything = list(range(len(self.samples)))
+        everything = list(range(len(self.faces)))
         wanted = max(4, round(share * len(everything)))
         groups: dict[int, list[int]] = {}
-        for index, first in enumerate(near_duplicates(self.samples)):
+        for index, first in enumerate(near_duplicates(self.faces)):
             groups.setdefault(first, []).append(index)
         self.alike = [group for group in groups.values() if len(group) > 1]
         held_out: set[int] = set()
@@ -354,12 +352,12 @@ class MangaFaceDataset:
 
     def _group_hash(self, group: list[int]) -> str:
         """A place in the order of the hold-out which doesn't depend on how many the group has."""
-        hashes = sorted(self.samples[index].sha256 for index in group)
+        hashes = sorted(self.faces[index].sha256 for index in group)
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def _term_rarity(self) -> tuple[TfidfVectorizer, list[np.ndarray]]:
         """The fitted vectorizer, and per training face the term ids in all of its captions (each once)."""
-        documents = [" ".join(self.samples[index].captions) for index in self.train]
+        documents = [" ".join(self.faces[index].captions) for index in self.train]
         vectorizer = TfidfVectorizer(stop_words="english")
         try:
             counts = vectorizer.fit_transform(documents)
@@ -424,8 +422,8 @@ class MangaFaceDataset:
         """What a person should know before training: faces, what is skipped or cut, the weights and their reasons."""
         inside = self.dataset_dir.is_relative_to(Path.cwd())
         folder = self.dataset_dir.relative_to(Path.cwd()) if inside else self.dataset_dir
-        sizes = [sample.size for sample in self.samples]
-        listed = {sample.path.name for sample in self.samples} | {line.split(":")[0] for line in self.skipped}
+        sizes = [face.size for face in self.faces]
+        listed = {face.path.name for face in self.faces} | {line.split(":")[0] for line in self.skipped}
         stray = [
             entry.name
             for entry in os.scandir(self.dataset_dir)
@@ -435,9 +433,9 @@ class MangaFaceDataset:
         ]
         small = sum(min(size) < self.resolution for size in sizes)
         uneven = sum(width != height for width, height in sizes)
-        captions = [caption for sample in self.samples for caption in sample.captions]
+        captions = [caption for face in self.faces for caption in face.captions]
         lines = [
-            f"Faces: {len(self.samples)} usable in {folder} "
+            f"Faces: {len(self.faces)} usable in {folder} "
             f"({len(self.train)} to train on, {len(self.validation)} held out)"
         ]
         if not self.validation:
@@ -449,15 +447,19 @@ class MangaFaceDataset:
             named = ", ".join(map(_shown, sorted(stray)[:5]))
             lines.append(f"Without an entry in {self.json_file.name}: {len(stray)} ({named})")
         if self.alike:
-            groups = [" = ".join([self.samples[index].name for index in group[:4]]
-                                 + [f"{len(group) - 4} more"] * (len(group) > 4)) for group in self.alike]
+            groups = [
+                " = ".join(
+                    [self.faces[index].name for index in group[:4]] + [f"{len(group) - 4} more"] * (len(group) > 4)
+                )
+                for group in self.alike
+            ]
             more = f" and {len(groups) - 5} more" if len(groups) > 5 else ""
             lines.append(f"Nearly the same picture, kept on one side: {', '.join(groups[:5])}{more}")
         lines.append(
             f"Pixels: {min(map(min, sizes))} to {max(map(max, sizes))} a side; used at {self.resolution} x "
             f"{self.resolution}; {uneven} not square (centre square is used), {small} smaller (enlarged)"
         )
-        per_face = len(captions) / len(self.samples)
+        per_face = len(captions) / len(self.faces)
         lines.append(f"Captions: {len(captions)}, {per_face:.1f} per face, {len(set(captions))} different")
         if tokenizer is not None:
             lines += self.report_tokens(tokenizer)
@@ -493,178 +495,6 @@ class MangaFaceDataset:
             for position in positions:
                 rare = sorted(terms[position], key=lambda term: -vectorizer.idf_[term])[:4]
                 words = ", ".join(vocabulary[term] for term in rare)
-                name = self.samples[self.train[position]].name
+                name = self.faces[self.train[position]].name
                 lines.append(f"  {label} {self.weights[position]:.2f}  {name}: {words}")
         return lines
-
-
-# Encode once ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EncodedDataset:
-    """Every face and text as the UNet sees them, in the order of `samples` and `texts`.
-
-    Shape: latent_mean, latent_std (faces, C, h, w) float32, already times the VAE's scaling factor;
-    text_embeddings (texts, T, D).
-    """
-
-    latent_mean: torch.Tensor
-    latent_std: torch.Tensor
-    text_embeddings: torch.Tensor
-
-    def to(self, device: torch.device) -> "EncodedDataset":
-        tensors = (self.latent_mean, self.latent_std, self.text_embeddings)
-        return EncodedDataset(*(tensor.to(device) for tensor in tensors))
-
-
-def folder_identity(folder: Path) -> str:
-    """Hash of a model folder's config and weights: another VAE under the same name is another VAE."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def encode_faces(
-    dataset: MangaFaceDataset,
-    cache_dir: str | Path,
-    vae_identity: str,
-    load_vae: Callable,
-    process: tuple[int, int, Callable] = (0, 1, lambda: None),
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latent mean and standard deviation of every face, from the cache where their content was encoded before.
-
-    An entry's name is the hash of all that decides its value: image bytes, resolution, VAE weights, code version. A
-    changed pixel is therefore another entry; nothing can be stale. Faces are encoded and stored one by one, so that
-    an interrupted encoding goes on where it stopped and ends with the same bits.
-
-    Args:
-        load_vae: called only if a face is missing; returns an AutoencoderKL (float32: SD1.5's VAE overflows in
-            float16 on some images).
-        process: (rank, number of processes, barrier): each process encodes its share of what is missing.
-
-    Shape: two of (faces, C, h, w), float32, times the VAE's scaling factor.
-
-    Raises:
-        InputError: a face encodes to a non-finite latent.
-    """
-    rank, world, barrier = process
-    keys = [(vae_identity, dataset.resolution, sample.sha256) for sample in dataset.samples]
-    files = [_entry(Path(cache_dir), "latents", *key) for key in keys]
-    entries = [_read_entry(file) for file in files]
-    missing = [index for index, entry in enumerate(entries) if entry is None]
-    barrier()  # everybody has looked before anybody writes
-    if mine := missing[rank::world]:
-        vae = load_vae()
-        for index in tqdm(mine, desc="Encoding faces", disable=rank > 0):
-            sample = dataset.samples[index]
-            if _sha256(sample.path) != sample.sha256:
-                raise InputError(f"{sample.path} has changed since the start of this run: start it again")
-            mean, std = encode_image(vae, load_image(sample.path, dataset.resolution))
-            if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-                raise InputError(f"{sample.path} encodes to NaN: look at it, or remove it from the caption file")
-            _write_entry(files[index], {"mean": mean, "std": std})
-    barrier()
-    for index in missing:
-        entries[index] = _read_back(files[index])
-    return torch.stack([entry["mean"] for entry in entries]), torch.stack([entry["std"] for entry in entries])
-
-
-def encode_texts(
-    texts: list[str],
-    cache_dir: str | Path,
-    text_encoder_identity: str,
-    load_text_encoder: Callable,
-    dtype: torch.dtype = torch.float32,
-    process: tuple[int, int, Callable] = (0, 1, lambda: None),
-) -> torch.Tensor:
-    """Embeddings of `texts`, one cache entry for the whole list; keyed and cached as `encode_faces` does.
-
-    Args:
-        load_text_encoder: called only if the list is new; returns (tokenizer, text encoder).
-        dtype: the precision they are kept in: that of the UNet.
-
-    Shape: (texts, T, D).
-
-    Raises:
-        InputError: a text encodes to something that is not finite.
-    """
-    rank, _, barrier = process
-    file = _entry(Path(cache_dir), "texts", text_encoder_identity, str(dtype), texts)
-    entry = _read_entry(file)
-    barrier()
-    if entry is None and rank == 0:
-        tokenizer, text_encoder = load_text_encoder()
-        chunks = [texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH)]
-        bar = tqdm(chunks, desc="Encoding texts")
-        embeddings = torch.cat([encode_text(tokenizer, text_encoder, chunk).to(dtype) for chunk in bar])
-        if bad := [text for text, finite in zip(texts, embeddings.isfinite().all(2).all(1), strict=True) if not finite]:
-            raise InputError(f"{len(bad)} texts encode to NaN or infinity, {bad[0][:60]!r} first: the text encoder of "
-                             "pretrained_model is damaged, or overflows in this mixed_precision")
-        _write_entry(file, {"embeddings": embeddings})
-    barrier()
-    return (entry or _read_back(file))["embeddings"]
-
-
-@torch.no_grad()
-def encode_image(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latent posterior, times the scaling factor. (3, H, W) -> two of (C, h, w)."""
-    posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
-    scale = vae.config.scaling_factor
-    return (posterior.mean[0] * scale).float().cpu(), (posterior.std[0] * scale).float().cpu()
-
-
-@torch.no_grad()
-def encode_text(tokenizer, text_encoder, texts: list[str]) -> torch.Tensor:
-    """The text encoder's last hidden state after its final layer norm, padded to full length. Shape: (B, T, D)."""
-    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return text_encoder(ids.to(text_encoder.device))[0].float().cpu()
-
-
-def _entry(cache: Path, kind: str, *content) -> Path:
-    key = hashlib.sha256(json.dumps([ENCODING_VERSION, kind, *content]).encode()).hexdigest()
-    return cache / kind / key[:2] / f"{key}.safetensors"
-
-
-def _read_entry(file: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors, or None if they have to be encoded (again): missing, torn, changed or not finite."""
-    try:
-        content = file.read_bytes()  # not load_file: its tensors are the file, and change or fail with it
-        header, payload = _split(content)
-        if json.loads(header)["__metadata__"]["sha256"] != hashlib.sha256(payload).hexdigest():
-            return None
-        tensors = load(content)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
-        return None
-    return tensors if all(torch.isfinite(tensor).all() for tensor in tensors.values()) else None
-
-
-def _read_back(file: Path) -> dict[str, torch.Tensor]:
-    """An entry that this run, or another process of it, has just written."""
-    entry = _read_entry(file)
-    if entry is None:
-        raise InputError(f"{file} was written a moment ago and is gone or damaged: leave cache_dir alone while a run "
-                         "encodes, then the same command goes on")  # fmt: skip
-    return entry
-
-
-def _write_entry(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Whole or not at all: written beside its place, then renamed into it. The header has the hash of what follows."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _, payload = _split(save(tensors))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(save(tensors, {"sha256": hashlib.sha256(payload).hexdigest()}))
-        replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _split(content: bytes) -> tuple[bytes, bytes]:
-    """Header (JSON) and tensors of a safetensors file, which starts with the header's length."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    return content[8:start], content[start:]

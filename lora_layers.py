@@ -25,7 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import replace
+from training.files import write_atomic
+
+# the linear layers of a diffusers `Attention` that carry LoRA: short name, path within it
+PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 
 
 class LoRASelfCheckError(RuntimeError):
@@ -38,9 +41,7 @@ class LoRALinearLayer(nn.Module):
     `down_weight` (r, in) starts uniform within 1 / sqrt(in) of zero (Kaiming, a = sqrt 5: nn.Linear's own
     start), `up_weight` (out, r) at zero: no correction before the first step. Both are fp32 on any base, for
     fp16 would lose small optimizer steps; each use casts them to x's dtype.
-
-    Raises:
-        ValueError: rank or network_alpha is not an int, or is below 1.
+    Raises ValueError: rank or network_alpha is not an int, or is below 1.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int = 16, network_alpha: int = 32):
@@ -48,9 +49,7 @@ class LoRALinearLayer(nn.Module):
         for name, value in (("rank", rank), ("network_alpha", network_alpha)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
-        self.rank = rank
-        self.network_alpha = network_alpha
-        self.scale = network_alpha / rank
+        self.rank, self.network_alpha, self.scale = rank, network_alpha, network_alpha / rank
         self.down_weight = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
         self.up_weight = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.down_weight, a=math.sqrt(5))
@@ -58,6 +57,9 @@ class LoRALinearLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The correction alone, in x's dtype (under autocast in autocast's, like any nn.Linear).
+
+        This formula is what trains. training/fused.py computes it, and its gradients, in fewer kernels; it compares
+        itself with this one first and stands back if they differ. So a change here is a change of the training.
 
         Shape: (..., in) -> (..., out).
         """
@@ -77,7 +79,7 @@ class LoRAAttnProcessor(nn.Module):
 
     Raises:
         ImportError: use_xformers is True and xformers cannot be imported.
-        ValueError: rank or network_alpha is not an int, or is below 1.
+        ValueError: see LoRALinearLayer.
     """
 
     def __init__(self, attn: nn.Module, rank: int = 16, network_alpha: int = 32, use_xformers: bool = False):
@@ -91,28 +93,17 @@ class LoRAAttnProcessor(nn.Module):
                 raise ImportError(f"use_xformers: xformers cannot be imported ({error}); {remedy}") from error
             self.xformers_attention = memory_efficient_attention
 
-        def lora(linear: nn.Linear) -> LoRALinearLayer:
+        self.lora = nn.ModuleDict()
+        for name, path in PROJECTIONS.items():
+            linear = attn.get_submodule(path)
             layer = LoRALinearLayer(linear.in_features, linear.out_features, rank, network_alpha)
-            return layer.to(linear.weight.device)  # drawn on the CPU: one seed, one start on all devices
-
-        self.to_q_lora = lora(attn.to_q)
-        self.to_k_lora = lora(attn.to_k)
-        self.to_v_lora = lora(attn.to_v)
-        self.to_out_lora = lora(attn.to_out[0])
-        self.fused: dict[str, FusedProjection] = {}  # by letters, see fuse_lora
+            self.lora[name] = layer.to(linear.weight.device)  # drawn on the CPU: one seed, one start on all devices
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         # diffusers passes the arguments that it finds in this signature; nn.Module's own names none of them
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
-    def forward(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
         """Shape: x (B, T, C) or (B, C, height, width), text (B, T', D), mask to add (B, 1, T') -> like x."""
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -123,14 +114,14 @@ class LoRAAttnProcessor(nn.Module):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-
         if encoder_hidden_states is None:
-            projected = self.project(attn, "qkv", hidden_states)
+            context = hidden_states
+            projected = self.project(attn, ("q", "k", "v"), hidden_states)
         else:
-            projected = (*self.project(attn, "q", hidden_states), *self.project(attn, "kv", context))
+            context = encoder_hidden_states
+            if attn.norm_cross:
+                context = attn.norm_encoder_hidden_states(context)
+            projected = (*self.project(attn, ("q",), hidden_states), *self.project(attn, ("k", "v"), context))
         # heads: (B, T, C) -> (B, T, heads, C / heads)
         query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in projected)
         if attn.norm_q is not None:
@@ -151,7 +142,7 @@ class LoRAAttnProcessor(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
         mixed = mixed.flatten(2).to(query.dtype)
 
-        (out,) = self.project(attn, "o", mixed)
+        (out,) = self.project(attn, ("out",), mixed)
         out = attn.to_out[1](out)
         if image_shape is not None:
             out = out.transpose(1, 2).reshape(image_shape)
@@ -159,39 +150,24 @@ class LoRAAttnProcessor(nn.Module):
             out = out + residual
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
-    def layers(self, attn: nn.Module) -> dict[str, tuple[nn.Linear, LoRALinearLayer]]:
-        """The base's linear layers and their corrections by letter: q, k, v, o for output."""
-        return {
-            "q": (attn.to_q, self.to_q_lora),
-            "k": (attn.to_k, self.to_k_lora),
-            "v": (attn.to_v, self.to_v_lora),
-            "o": (attn.to_out[0], self.to_out_lora),
-        }
-
-    def project(self, attn: nn.Module, letters: str, x: Tensor) -> tuple[Tensor, ...]:
-        """Base plus correction of x for each letter; one after another, or (see fuse_lora) as one product."""
-        layers = [self.layers(attn)[letter] for letter in letters]
-        fused, merged = self.fused.get(letters), any(lora.base_weight is not None for _, lora in layers)
-        if fused is not None and fused.fits(x) and not merged:
-            return fused(x, [lora for _, lora in layers])
-        return tuple(linear(x) + lora(x) if lora.base_weight is None else linear(x) for linear, lora in layers)
+    def project(self, attn: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
+        """Base plus correction of x, for each of these PROJECTIONS; the base alone holds both while LoRA is merged."""
+        pairs = [(attn.get_submodule(PROJECTIONS[name]), self.lora[name]) for name in names]
+        return tuple(linear(x) + lora(x) if lora.base_weight is None else linear(x) for linear, lora in pairs)
 
 
-def inject_lora(
-    unet: nn.Module, rank: int = 16, network_alpha: int = 32, use_xformers: bool = False
-) -> dict[str, LoRAAttnProcessor]:
+def inject_lora(unet: nn.Module, rank: int = 16, network_alpha: int = 32, use_xformers: bool = False) -> dict:
     """Freeze the UNet, put a LoRAAttnProcessor on each attention; only the LoRA weights are trainable then.
 
     They are fp32 also on an fp16 base, and on each attention's device. They become part of the UNet, so cast
     it *before*: a later `unet.to(torch.float16)` would cast them too.
 
-    Returns:
-        processors by name, as in `unet.attn_processors` (SD1.5: 32 of them, 4 LoRA layers each).
+    Returns {name: LoRAAttnProcessor} as in `unet.attn_processors` (SD1.5: 32 of them, 4 LoRA layers each).
 
     Raises:
-        ValueError: the UNet has no attention, or LoRA already, or not 4 LoRA layers to each attention; rank
-            or network_alpha is not an int >= 1. The UNet is unchanged then.
-        ImportError: use_xformers is True and xformers cannot be imported.
+        ValueError: the UNet has no attention, or LoRA already, or not 4 LoRA layers to each attention; see also
+            LoRALinearLayer. The UNet is unchanged then.
+        ImportError: see LoRAAttnProcessor.
     """
     attentions = sum(hasattr(module, "to_q") and hasattr(module, "to_out") for module in unet.modules())
     if not attentions:
@@ -202,9 +178,9 @@ def inject_lora(
     for name in unet.attn_processors:
         attn = unet.get_submodule(name.removesuffix(".processor"))
         processors[name] = LoRAAttnProcessor(attn, rank, network_alpha, use_xformers)
-    layers = sum(isinstance(part, LoRALinearLayer) for new in processors.values() for part in new.modules())
-    if layers != 4 * attentions:
-        raise ValueError(f"{layers} LoRA layers for {attentions} attentions; 4 to each are expected")
+    layers, of_each = sum(len(processor.lora) for processor in processors.values()), len(PROJECTIONS)
+    if layers != of_each * attentions:
+        raise ValueError(f"{layers} LoRA layers for {attentions} attentions; {of_each} to each are expected")
     unet.requires_grad_(False)
     unet.set_attn_processor(dict(processors))  # a copy: diffusers empties the dict it is given
     return processors
@@ -221,8 +197,7 @@ def lora_modules(unet: nn.Module) -> dict[str, LoRALinearLayer]:
 def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
     """All LoRA weights, down then up per layer; a list, so optimizer and clipping can both go through it.
 
-    Raises:
-        ValueError: no LoRA is injected.
+    Raises ValueError: no LoRA is injected.
     """
     return [w for layer in _injected(unet).values() for w in (layer.down_weight, layer.up_weight)]
 
@@ -231,9 +206,7 @@ def lora_state_dict(unet: nn.Module, dtype: torch.dtype = torch.float16) -> dict
     """What a LoRA file holds per layer: `.lora_down.weight` (r, in), `.lora_up.weight` (out, r), `.alpha` ().
 
     Contiguous copies on the CPU in `dtype`, unscaled: readers of the file multiply by alpha / r.
-
-    Raises:
-        ValueError: no LoRA is injected, or dtype is not a floating-point type that holds alpha exactly.
+    Raises ValueError: no LoRA is injected, or dtype is not a floating-point type that holds alpha exactly.
     """
     state = {}
     for name, layer in _injected(unet).items():
@@ -245,20 +218,14 @@ def lora_state_dict(unet: nn.Module, dtype: torch.dtype = torch.float16) -> dict
     return state
 
 
-def save_lora_weights(
-    unet: nn.Module,
-    path: str | os.PathLike,
-    dtype: torch.dtype = torch.float16,
-    metadata: dict[str, object] | None = None,
-) -> Path:
+def save_lora_weights(unet: nn.Module, path, dtype=torch.float16, metadata: dict[str, object] | None = None) -> Path:
     """Write the LoRA to a `.bin` or `.safetensors` for diffusers, A1111/Forge and ComfyUI; return the path.
 
     Written beside its final name, read back, compared exactly with the live weights cast to `dtype`, and only
     then renamed: whatever fails, a file already there stays as it was. Missing folders are created.
 
-    Args:
-        metadata: added to the header fields that UIs read (`ss_network_dim`, ...), or replacing them; values
-            are turned into strings. Only `.safetensors` has a header; for a `.bin` this has no effect.
+    metadata: added to the header fields that UIs read (`ss_network_dim`, ...), or replacing them; values are turned
+    into strings. Only `.safetensors` has a header; for a `.bin` this has no effect.
 
     Raises:
         ValueError: another suffix, or see lora_state_dict.
@@ -276,35 +243,23 @@ def save_lora_weights(
         content = buffer.getvalue()
     else:
         layer = next(iter(lora_modules(unet).values()))
-        header = {
-            "format": "pt",
-            "ss_base_model_version": "sd_v1",
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": layer.rank,
-            "ss_network_alpha": layer.network_alpha,
-            "ss_output_name": path.stem,
-        } | (metadata or {})
+        header = {"format": "pt", "ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora"}
+        header |= {"ss_network_dim": layer.rank, "ss_network_alpha": layer.network_alpha, "ss_output_name": path.stem}
+        header |= metadata or {}
         content = safetensors.torch.save(state, {str(key): str(value) for key, value in header.items()})
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    def check(written: Path) -> None:
         try:
-            saved = _read_tensors(temporary, path.suffix)
+            saved = _read_tensors(written, path.suffix)
         except ValueError as error:
             raise LoRASelfCheckError(f"{path} cannot be read back: {error}") from error
         live = lora_state_dict(unet, dtype)
         for key in live.keys() | saved.keys():
-            same = key in live and key in saved and saved[key].dtype == dtype and saved[key].equal(live[key])
-            if not same:
+            if not (key in live and key in saved and saved[key].dtype == dtype and saved[key].equal(live[key])):
                 raise LoRASelfCheckError(f"{path}: {key} read back is not the live value in {dtype}")
-        replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content, check)
     return path
 
 
@@ -317,8 +272,7 @@ def read_lora_weights(unet: nn.Module, path: str | os.PathLike) -> tuple[dict[st
         ValueError: naming file and key: another suffix, unreadable, missing or unexpected keys, wrong shapes,
             values not finite, differing ranks or alphas, or a rank or alpha other than the injected LoRA's.
     """
-    path = _checked_suffix(path)
-    projections = _projections(unet)
+    path, projections = _checked_suffix(path), _projections(unet)
 
     # the right keys
     state = _read_tensors(path, path.suffix)
@@ -342,8 +296,8 @@ def read_lora_weights(unet: nn.Module, path: str | os.PathLike) -> tuple[dict[st
         for end, shape in zip(ends, shapes, strict=True):
             tensor = state[f"{name}.{end}"]
             if tensor.shape != shape:
-                found = f"{list(tensor.shape)}, not {list(shape)}"
-                raise ValueError(f"{path}: {name}.{end} has shape {found} (rank {rank})")
+                what = f"{list(tensor.shape)}, not {list(shape)}"
+                raise ValueError(f"{path}: {name}.{end} has shape {what} (rank {rank})")
             if not tensor.float().isfinite().all():
                 raise ValueError(f"{path}: {name}.{end} has values that are not finite")
         if tensor.item() != alpha:
@@ -355,8 +309,7 @@ def read_lora_weights(unet: nn.Module, path: str | os.PathLike) -> tuple[dict[st
 def load_lora_weights(unet: nn.Module, path: str | os.PathLike) -> None:
     """Read a file of save_lora_weights; a UNet without LoRA gets it first, with the file's rank and alpha.
 
-    Raises:
-        ValueError: see read_lora_weights; or LoRA is merged. The UNet is unchanged then.
+    Raises ValueError: see read_lora_weights; or LoRA is merged. The UNet is unchanged then.
     """
     injected = lora_modules(unet)
     if any(layer.base_weight is not None for layer in injected.values()):
@@ -375,9 +328,7 @@ def merge_lora(unet: nn.Module) -> None:
 
     Summed in fp32 (fp64 for fp64 weights), then rounded to W's dtype: an fp16 base loses small corrections.
     The old weights are kept (SD1.5 in fp16: 0.17 GiB). A merged UNet cannot be trained: unmerge_lora first.
-
-    Raises:
-        ValueError: no LoRA is injected, or it is merged already.
+    Raises ValueError: no LoRA is injected, or it is merged already.
     """
     if any(layer.base_weight is not None for layer in _injected(unet).values()):
         raise ValueError("LoRA is already merged into this UNet")
@@ -393,8 +344,7 @@ def merge_lora(unet: nn.Module) -> None:
 def unmerge_lora(unet: nn.Module) -> None:
     """Undo merge_lora: the kept weights go back, bit for bit (nothing is subtracted).
 
-    Raises:
-        ValueError: LoRA is not merged.
+    Raises ValueError: LoRA is not merged.
     """
     if all(layer.base_weight is None for layer in lora_modules(unet).values()):
         raise ValueError("LoRA is not merged into this UNet")
@@ -402,116 +352,6 @@ def unmerge_lora(unet: nn.Module) -> None:
         if layer.base_weight is not None:  # None where merge_lora broke off
             linear.weight.detach().copy_(layer.base_weight)
             layer.base_weight = None
-
-
-class FusedProjection:
-    """Projections of one input, with their LoRA: two matrix products forward, six backward, for q, k and v together.
-
-        [y | u] = x [W | A]^T      W: base weights stacked, (sum of out, in)      A: `down_weight`s, (sum of r, in)
-        y += scale u B^T           B: `up_weight`s as the blocks of a diagonal, (sum of out, sum of r)
-
-    The numbers of the plain sum, up to rounding: nothing is merged, so an fp16 base loses no small correction. But
-    far fewer kernels, on whose launching small batches spend more time than on arithmetic. The gradients, dy given:
-
-        t = scale dy B      dx = dy W + t A      dA = t^T x      dB = scale dy^T u, its diagonal blocks
-    """
-
-    def __init__(self, layers: list[tuple[nn.Linear, LoRALinearLayer]]):
-        linears, loras = zip(*layers, strict=True)
-        weight = linears[0].weight
-        self.widths, self.rank, self.scale = [linear.out_features for linear in linears], loras[0].rank, loras[0].scale
-        out, rank = sum(self.widths), self.rank * len(layers)
-        spare = -(out + rank) % 16  # rows of zeros: attention's half-precision kernels read whole 16 bytes
-        self.stacked = weight.detach().new_zeros(out + rank + spare, linears[0].in_features)  # [W | A]
-        self.up = self.stacked.new_zeros(out, rank)  # B
-        biased = any(linear.bias is not None for linear in linears)
-        self.bias = self.stacked.new_zeros(len(self.stacked)) if biased else None
-        self.places = []  # where each layer's down_weight and up_weight are copied to
-        start = 0
-        for number, linear in enumerate(linears):
-            end, ranks = start + linear.out_features, slice(number * self.rank, (number + 1) * self.rank)
-            self.stacked[start:end] = linear.weight.detach()
-            linear.weight.data = self.stacked[start:end]  # the same values: one copy of the base is enough
-            if linear.bias is not None:
-                self.bias[start:end] = linear.bias.detach()
-            self.places += [self.stacked[out:][ranks], self.up[start:end, ranks]]
-            start = end
-
-    def fits(self, x: Tensor) -> bool:
-        """Not after unet.to(...) nor under autocast: the plain sum is taken then."""
-        same = x.dtype == self.stacked.dtype and x.device == self.stacked.device
-        return same and not torch.is_autocast_enabled(x.device.type)
-
-    def __call__(self, x: Tensor, layers: list[LoRALinearLayer]) -> tuple[Tensor, ...]:
-        """Shape: (..., in) -> one (..., out) per layer, views of one tensor."""
-        return _FusedProduct.apply(x, self, *(w for layer in layers for w in (layer.down_weight, layer.up_weight)))
-
-
-class _FusedProduct(torch.autograd.Function):
-    """FusedProjection's formulas. `weights` (fp32) only receive their gradients: their values are in stacked and up."""
-
-    @staticmethod
-    def forward(ctx, x, fused, *weights):
-        rows = x.reshape(-1, x.shape[-1])
-        stacked = fused.stacked.T
-        product = rows @ stacked if fused.bias is None else torch.addmm(fused.bias, rows, stacked)
-        out, rank = fused.up.shape
-        y, narrow = product[:, :out], product[:, out : out + rank]
-        y.addmm_(narrow, fused.up.T, alpha=fused.scale)
-        if len(fused.widths) == 1:  # y isn't needed again: let its memory go
-            narrow = narrow.contiguous()
-        ctx.save_for_backward(rows, narrow, *weights)  # the weights for autograd's check that none was changed
-        ctx.fused, ctx.shape = fused, x.shape
-        return y.unflatten(0, x.shape[:-1]).split(fused.widths, dim=-1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):
-        (rows, narrow, weight, *_), fused = ctx.saved_tensors, ctx.fused
-        out, rank = fused.up.shape
-        gradient = (gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=-1)).reshape(-1, out)
-        narrow_gradient = (gradient @ fused.up).mul_(fused.scale)
-        x_gradient = None
-        if ctx.needs_input_grad[0]:  # a text needs none
-            x_gradient = gradient @ fused.stacked[:out]
-            x_gradient = x_gradient.addmm_(narrow_gradient, fused.stacked[out : out + rank]).view(ctx.shape)
-        down = (narrow_gradient.T @ rows).to(weight.dtype).split(fused.rank)
-        up = (gradient.T @ narrow).to(weight.dtype).mul_(fused.scale).split(fused.widths)
-        up = [block.split(fused.rank, dim=1)[number] for number, block in enumerate(up)]
-        return x_gradient, None, *(part for pair in zip(down, up, strict=True) for part in pair)
-
-
-def fuse_lora(unet: nn.Module) -> None:
-    """Run self-attention's q, k, v as one product with their LoRA, cross-attention's k, v too: see FusedProjection.
-
-    To be called after inject_lora and unet.to(device, dtype). Saving, loading and merging work as before. At each
-    call of the UNet, the LoRA weights are copied into the products' operands, in the base's precision.
-
-    Raises:
-        ValueError: no LoRA is injected, or it is merged.
-    """
-    if any(layer.base_weight is not None for layer in _injected(unet).values()):
-        raise ValueError("LoRA is merged into this UNet; unmerge_lora before fusing")
-    places, weights = [], []
-    for name, processor in unet.attn_processors.items():
-        attn = unet.get_submodule(name.removesuffix(".processor"))
-        layers = processor.layers(attn)
-        for letters in ("q", "kv", "o") if attn.is_cross_attention else ("qkv", "o"):
-            group = [layers[letter] for letter in letters]
-            processor.fused[letters] = FusedProjection(group)
-            places += processor.fused[letters].places
-            weights += [weight for _, lora in group for weight in (lora.down_weight, lora.up_weight)]
-    pairs = list(zip(places, weights, strict=True))
-    alike = [pair for pair in pairs if pair[0].stride() == pair[1].stride()]  # on a GPU these go in few kernels
-    unet.fused_lora = [alike, [pair for pair in pairs if pair[0].stride() != pair[1].stride()]]
-    unet.register_forward_pre_hook(_refresh)
-
-
-@torch.no_grad()
-def _refresh(unet: nn.Module, _) -> None:
-    for pairs in unet.fused_lora:
-        if pairs and pairs[0][0].device == pairs[0][1].device:  # else unet.to(...) has left the products behind
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def flatten_lora(unet: nn.Module) -> nn.Parameter:
@@ -522,8 +362,7 @@ def flatten_lora(unet: nn.Module) -> nn.Parameter:
 
     Shape: (number of LoRA parameters,).
 
-    Raises:
-        ValueError: no LoRA is injected.
+    Raises ValueError: no LoRA is injected.
     """
     weights = lora_parameters(unet)
     vector = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
@@ -538,12 +377,7 @@ class GradientPenalty:
     """Keeps LoRA weights small: penalty_factor * sum over LoRALinearLayers of (sum down^2 + sum up^2).
 
     At the start up = 0 and sum down^2 is about r / 3 per layer: SD1.5 (128 layers), r = 16, 1e-5 give 0.0068.
-
-    Args:
-        penalty_factor: a finite number >= 0.
-
-    Raises:
-        ValueError: penalty_factor is negative or not finite; when called, the model has no LoRALinearLayer.
+    Raises ValueError: penalty_factor is negative or not finite; when called, the model has no LoRALinearLayer.
     """
 
     def __init__(self, penalty_factor: float) -> None:
@@ -553,15 +387,13 @@ class GradientPenalty:
 
     def __call__(self, model: nn.Module | Tensor) -> Tensor:
         """The penalty as a differentiable scalar, fp32 (fp64 for fp64 weights), of a model or flatten_lora's vector."""
-        if isinstance(model, Tensor):
-            weights = model
-        else:
+        if not isinstance(model, Tensor):
             layers = [module for module in model.modules() if isinstance(module, LoRALinearLayer)]
             if not layers:
                 raise ValueError(f"{type(model).__name__} has no LoRALinearLayer")
-            weights = torch.cat([w.flatten() for layer in layers for w in (layer.down_weight, layer.up_weight)])
-        exact = torch.promote_types(weights.dtype, torch.float32)
-        return self.penalty_factor * weights.to(exact).square().sum()
+            model = torch.cat([w.flatten() for layer in layers for w in (layer.down_weight, layer.up_weight)])
+        exact = torch.promote_types(model.dtype, torch.float32)
+        return self.penalty_factor * model.to(exact).square().sum()
 
 
 def _projections(unet: nn.Module) -> dict[str, tuple[nn.Linear, LoRALinearLayer | None]]:
@@ -570,10 +402,10 @@ def _projections(unet: nn.Module) -> dict[str, tuple[nn.Linear, LoRALinearLayer 
     for processor_name in unet.attn_processors:
         path = processor_name.removesuffix(".processor")
         attn = unet.get_submodule(path)
-        linears = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out.0": attn.to_out[0]}
-        for name, linear in linears.items():
-            layer = getattr(attn.processor, f"{name.removesuffix('.0')}_lora", None)
-            found[f"lora_unet_{path}_{name}".replace(".", "_")] = (linear, layer)
+        layers = getattr(attn.processor, "lora", None)
+        for name, linear in PROJECTIONS.items():
+            layer = layers[name] if layers is not None else None
+            found[f"lora_unet_{path}_{linear}".replace(".", "_")] = (attn.get_submodule(linear), layer)
     return found
 
 

@@ -53,14 +53,16 @@ def lora_plus(ratio: float) -> list:
     import lora_layers
     import train_manga_lora as trainer
 
-    flatten, step, rates = trainer.flatten_lora, trainer.clip_and_step, {}
+    build, step, rates = trainer.build_model, trainer.clip_and_step, {}
 
-    def flatten_and_mark(unet):
-        vector = flatten(unet)
-        of_ends = [torch.full((weight.numel(),), 1.0 if number % 2 == 0 else ratio)  # down, up, down, up, ...
-                   for number, weight in enumerate(lora_layers.lora_parameters(unet))]  # fmt: skip
-        rates[vector] = torch.cat(of_ends).to(vector.device)
-        return vector
+    def build_and_mark(*arguments):
+        model = build(*arguments)
+        of_ends = [
+            torch.full((weight.numel(),), 1.0 if number % 2 == 0 else ratio)  # down, up, down, up, ...
+            for number, weight in enumerate(lora_layers.lora_parameters(model.unet))
+        ]
+        rates[model.weights] = torch.cat(of_ends).to(model.weights.device)
+        return model
 
     def step_at_two_rates(optimizer, scaler, weights, max_grad_norm):
         before = weights.detach().clone()
@@ -68,7 +70,7 @@ def lora_plus(ratio: float) -> list:
         weights.data.copy_(before + rates[weights] * (weights.data - before))
         return finite
 
-    return [(trainer, "flatten_lora", flatten_and_mark), (trainer, "clip_and_step", step_at_two_rates)]
+    return [(trainer, "build_model", build_and_mark), (trainer, "clip_and_step", step_at_two_rates)]
 
 
 def decay(low: float, high: float) -> list:
@@ -82,25 +84,25 @@ def decay(low: float, high: float) -> list:
 
 
 def redraw(change: Callable) -> list:
-    """draw_window, and then what `change(window, number of timesteps, generator)` says is to be replaced."""
-    import denoising
+    """draw_batch, and then what `change(batch, number of timesteps, generator)` says is to be replaced."""
     import train_manga_lora
+    from training import denoising
 
-    draw = train_manga_lora.draw_window
+    draw = train_manga_lora.draw_batch
 
     def draw_and_change(dataset, positions, seed, step, latent_shape, num_timesteps, dropout):
-        window = draw(dataset, positions, seed, step, latent_shape, num_timesteps, dropout)
-        return dataclasses.replace(window, **change(window, num_timesteps, denoising.seeded(seed, 99, step)))
+        batch = draw(dataset, positions, seed, step, latent_shape, num_timesteps, dropout)
+        return dataclasses.replace(batch, **change(batch, num_timesteps, denoising.seeded(seed, 99, step)))
 
-    return [(train_manga_lora, "draw_window", draw_and_change)]
+    return [(train_manga_lora, "draw_batch", draw_and_change)]
 
 
 def uniform_timesteps() -> list:
     """Independent timesteps, instead of one from each n-th of the schedule."""
     import torch
 
-    def timesteps(window, count, generator):
-        return {"timesteps": torch.randint(count, (len(window),), generator=generator)}
+    def timesteps(batch, count, generator):
+        return {"timesteps": torch.randint(count, (len(batch),), generator=generator)}
 
     return redraw(timesteps)
 
@@ -112,21 +114,21 @@ def min_snr(gamma: float) -> list:
 
     kept = DDPMScheduler.from_pretrained(ROOT / "demo" / "base" / "scheduler").alphas_cumprod
     weights = torch.clamp(gamma / (kept / (1 - kept)), max=1)
-    return redraw(lambda window, *_: {"loss_weights": window.loss_weights * weights[window.timesteps]})
+    return redraw(lambda batch, *_: {"loss_weights": batch.loss_weights * weights[batch.timesteps]})
 
 
 def texts(part: slice) -> list:
     """Draw only some of a face's texts: its captions come first, all of them joined last."""
     import train_manga_lora
 
-    draw = train_manga_lora.draw_window
+    draw = train_manga_lora.draw_batch
 
     def draw_some(dataset, *arguments):
         dataset = copy.copy(dataset)
         dataset.text_indices = [indices[part] for indices in dataset.text_indices]
         return draw(dataset, *arguments)
 
-    return [(train_manga_lora, "draw_window", draw_some)]
+    return [(train_manga_lora, "draw_batch", draw_some)]
 
 
 def draw_rare_faces(times: float) -> list:
@@ -136,7 +138,7 @@ def draw_rare_faces(times: float) -> list:
     import dataset
 
     def rarities(self):
-        captions = [" ".join(self.samples[face].captions) for face in self.train]
+        captions = [" ".join(self.faces[face].captions) for face in self.train]
         return np.array([times if any(word in text for word in RARE) else 1.0 for text in captions])
 
     return [(dataset.MangaFaceDataset, "_rarities", rarities)]
@@ -157,8 +159,9 @@ ROWS = {
     "baseline": Row(1, "nothing"),
     "weighting_off": Row(1, "every face once per epoch", {"weighting": "off"}),
     "weighting_loss": Row(1, "rarity acts on the loss, not on the drawing", {"weighting": "loss"}),
-    "rare_drawn_more": Row(1, "an oracle: faces with a beard, flowers, freckles get weight 2",
-                           swap=lambda: draw_rare_faces(4)),
+    "rare_drawn_more": Row(
+        1, "an oracle: faces with a beard, flowers, freckles get weight 2", swap=lambda: draw_rare_faces(4)
+    ),
     "no_penalty": Row(1, "penalty_factor 0", {"penalty_factor": 0.0}),
     "penalty_x10": Row(1, "penalty_factor 1e-4", {"penalty_factor": 1e-4}),
     "penalty_x01": Row(2, "penalty_factor 1e-6", {"penalty_factor": 1e-6}),
@@ -185,19 +188,30 @@ ROWS = {
 def train(row: str, seed: int, epochs: int, rate: float, folder: Path) -> dict:
     """Train (or go on, or find it done) and return summary.json with the validation losses of all epochs."""
     import train_manga_lora
-    from checkpoint import load_newest_checkpoint
+    from training.checkpoint import load_newest_checkpoint
+    from training.files import Stop
 
-    constants = train_manga_lora.DEMO | {
-        "demo": True, "output_dir": str(folder), "seed": seed, "num_train_epochs": epochs, "sample_prompts": (),
-        "early_stopping_patience": 0, "cache_dir": str(WORK / "cache"), "keep_checkpoints": 1,
-        "learning_rate": rate * ROWS[row].rate,
-    } | ROWS[row].constants  # fmt: skip
+    constants = (
+        train_manga_lora.DEMO
+        | {
+            "demo": True,
+            "output_dir": str(folder),
+            "seed": seed,
+            "num_train_epochs": epochs,
+            "sample_prompts": (),
+            "early_stopping_patience": 0,
+            "cache_dir": str(WORK / "cache"),
+            "keep_checkpoints": 1,
+            "learning_rate": rate * ROWS[row].rate,
+        }
+        | ROWS[row].constants
+    )
     with ExitStack() as swapped:
         for module, name, new in ROWS[row].swap():
             swapped.enter_context(mock.patch.object(module, name, new))
         try:
             summary = train_manga_lora.main(train_manga_lora.TrainingConfig(**constants))
-        except train_manga_lora.Stop as stop:  # no Exception, which a pool of processes would wait for in vain
+        except Stop as stop:  # no Exception, which a pool of processes would wait for in vain
             raise RuntimeError(f"{row}, seed {seed}: {stop}") from stop
     _, state, _ = load_newest_checkpoint(folder / "checkpoints")
     return summary | {"history": state["history"]}
@@ -211,17 +225,22 @@ def evaluation():
     if not EVALUATION:
         import torch
 
-        import evaluate_lora
         import train_manga_lora
         from dataset import MangaFaceDataset
+        from evaluation import pictures
+        from evaluation.score import Evaluation
 
-        demo = train_manga_lora.DEMO | {"demo": True, "seed": SAMPLE_SEED, "sample_steps": SAMPLE_STEPS,
-                                        "cache_dir": str(WORK / "cache")}  # fmt: skip
-        constants = dataclasses.asdict(train_manga_lora.TrainingConfig(**demo))
-        faces = MangaFaceDataset(constants["dataset_dir"], constants["json_file"], constants["resolution"])
-        with mock.patch.object(evaluate_lora, "MAX_ATTRIBUTE_PROMPTS", ATTRIBUTE_PROMPTS):
+        demo = train_manga_lora.DEMO | {
+            "demo": True,
+            "seed": SAMPLE_SEED,
+            "sample_steps": SAMPLE_STEPS,
+            "cache_dir": str(WORK / "cache"),
+        }
+        config = train_manga_lora.TrainingConfig(**demo)
+        faces = MangaFaceDataset.from_config(config)
+        with mock.patch.object(pictures, "MAX_ATTRIBUTE_PROMPTS", ATTRIBUTE_PROMPTS):
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            EVALUATION.append(evaluate_lora.Evaluation(constants, faces, Path(constants["pretrained_model"]), device))
+            EVALUATION.append(Evaluation(config, faces, Path(config.pretrained_model), device))
     return EVALUATION[0]
 
 
@@ -243,21 +262,28 @@ def run(job: tuple[str, int, int, float, Path]) -> dict:
     with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         summary = train(row, seed, epochs, rate, folder / "run")
         if not pictures.is_file():
-            judgement = evaluation().judge(Path(summary["lora_safetensors"]))
-            np.savez_compressed(pictures, pictures=judgement.evidence.pixels)
-        judgement = evaluation().judge_pictures(np.load(pictures)["pictures"])
-    accuracy = {name: judgement.value[f"adherence: {name}"] for name in (*RARE, *COMMON)}
+            score = evaluation().judge(Path(summary["lora_safetensors"]))
+            np.savez_compressed(pictures, pictures=score.features.pixels)
+        score = evaluation().judge_pictures(np.load(pictures)["pictures"])
+    accuracy = {name: score.value[f"adherence: {name}"] for name in (*RARE, *COMMON)}
     result = {
-        "row": row, "seed": seed, "epochs": epochs, "drawn": drawn, "commit": git_commit(),
+        "row": row,
+        "seed": seed,
+        "epochs": epochs,
+        "drawn": drawn,
+        "commit": git_commit(),
         "steps": summary["optimizer_steps"],
-        "val_losses": [summary["val_loss_start"], *(loss for _, loss, _ in summary["history"])],
-        "score": judgement.score, "parts": {name: judgement.value[f"points: {name}"] for name in
-                                            ("style", "set distance", "adherence", "novelty", "diversity")},
+        "val_losses": [loss for _, loss, _ in summary["history"]],
+        "score": score.score,
+        "parts": {
+            name: score.value[f"points: {name}"]
+            for name in ("style", "set distance", "adherence", "novelty", "diversity")
+        },
         "accuracy": accuracy,
         "rare": statistics.fmean(accuracy[name] for name in RARE),
         "common": statistics.fmean(accuracy[name] for name in COMMON),
         "seconds": time.time() - started,
-    }  # fmt: skip
+    }
     file.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
 
@@ -284,31 +310,42 @@ def summarize(results: list[dict]) -> list[dict]:
             continue
         line = {"row": name, "seeds": len(runs)}
         for figure, of in {
-            "val_loss": lambda r: min(r["val_losses"][1:]), "score": lambda r: r["score"], "rare": lambda r: r["rare"],
+            "val_loss": lambda r: min(r["val_losses"][1:]),
+            "score": lambda r: r["score"],
+            "rare": lambda r: r["rare"],
             "common": lambda r: r["common"],
             "steps": lambda r: steps_to(r["val_losses"], base[r["seed"]]["val_losses"][-1], r["steps"]) / r["steps"],
-        }.items():  # fmt: skip
+        }.items():
             values = [of(result) for result in runs]
             differences = [of(result) - of(base[result["seed"]]) for result in runs]
             known = [d for d in differences if math.isfinite(d)]
             reached, half = len(known) == len(runs), math.nan  # by all
             if len(known) > 1:
                 half = T_95[len(known) - 1] * statistics.stdev(known) / math.sqrt(len(known))
-            line[figure] = {"mean": statistics.fmean(values) if reached else None,
-                            "difference": statistics.fmean(known) if reached else None,
-                            "half_interval": half if reached and math.isfinite(half) else None,
-                            "known": len(known)}  # fmt: skip
+            line[figure] = {
+                "mean": statistics.fmean(values) if reached else None,
+                "difference": statistics.fmean(known) if reached else None,
+                "half_interval": half if reached and math.isfinite(half) else None,
+                "known": len(known),
+            }
         rows.append(line)
     return rows
 
 
 def results_table(paths: list[Path]) -> str:
-    """The result files as markdown, the committed form of which stands in README.md."""
+    """The result files as markdown; docs/results.md holds it."""
     tables = []
     for path in paths:
         content = json.loads(path.read_text(encoding="utf-8"))
-        head = ["row", "what is changed", "validation loss", "score, 0 to 10", "rare attributes", "common attributes",
-                "steps to the baseline's loss"]
+        head = [
+            "row",
+            "what is changed",
+            "validation loss",
+            "score, 0 to 10",
+            "rare attributes",
+            "common attributes",
+            "steps to the baseline's loss",
+        ]
         lines = [head, ["---"] * len(head)]
         for row in summarize(content["runs"]):
             cells = []
@@ -324,10 +361,11 @@ def results_table(paths: list[Path]) -> str:
             lines.append([row["row"], ROWS[row["row"]].says, *cells])
         seeds = len({run["seed"] for run in content["runs"]})
         pictures, epochs = content["pictures"], content["epochs"]
-        tables.append(f"{content['device']}; {epochs} epochs from learning rate {content['learning_rate']:g}, {seeds} "
-                      f"seeds, {pictures} pictures a run; torch {content['versions']['torch']}; {content['date']}, "
-                      f"commit {', '.join(content['commits'])}:\n\n"
-                      + "\n".join("| " + " | ".join(line) + " |" for line in lines))  # fmt: skip
+        tables.append(
+            f"{content['device']}; {epochs} epochs from learning rate {content['learning_rate']:g}, {seeds} "
+            f"seeds, {pictures} pictures a run; torch {content['versions']['torch']}; {content['date']}, "
+            f"commit {', '.join(content['commits'])}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        )
     return "\n\n".join(tables)
 
 
@@ -370,27 +408,38 @@ def main(words: list[str]) -> None:
     from bench_training import describe_machine
 
     work = WORK / f"{args.epochs}-epochs-{args.rate:g}"
-    jobs = [(row, seed, args.epochs, args.rate, work / f"{row}-seed{seed}")
-            for seed in range(args.seeds) for row in args.rows]  # fmt: skip
+    jobs = [
+        (row, seed, args.epochs, args.rate, work / f"{row}-seed{seed}")
+        for seed in range(args.seeds)
+        for row in args.rows
+    ]
     results = []
     threads = max(1, (os.cpu_count() or 1) // args.processes)
     with multiprocessing.get_context("spawn").Pool(args.processes, start_worker, (threads,)) as pool:
         for result in pool.imap_unordered(run, jobs):
             results.append(result)
-            print(f"{time.strftime('%H:%M:%S')} {len(results)}/{len(jobs)} {result['row']} seed {result['seed']}: "
-                  f"validation loss {min(result['val_losses'][1:]):.5f}, score {result['score']:.2f}, "
-                  f"rare {result['rare']:.3f}, common {result['common']:.3f}, {result['seconds']:.0f} s", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} {len(results)}/{len(jobs)} {result['row']} seed {result['seed']}: "
+                f"validation loss {min(result['val_losses'][1:]):.5f}, score {result['score']:.2f}, "
+                f"rare {result['rare']:.3f}, common {result['common']:.3f}, {result['seconds']:.0f} s",
+                flush=True,
+            )
         pool.close()
         pool.join()  # leaving the block would end the workers in mid-goodbye
     device, _ = describe_machine("cpu")
     results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
     content = {
-        "device": device, "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
-        "date": time.strftime("%Y-%m-%d"), "commits": sorted({result["commit"] for result in results}),
+        "device": device,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
+        "date": time.strftime("%Y-%m-%d"),
+        "commits": sorted({result["commit"] for result in results}),
         "command": shlex.join(["python", "bench/ablation.py", *words]),
-        "epochs": args.epochs, "learning_rate": args.rate, "pictures": 40 + ATTRIBUTE_PROMPTS,
-        "summary": summarize(results), "runs": results,
-    }  # fmt: skip
+        "epochs": args.epochs,
+        "learning_rate": args.rate,
+        "pictures": 40 + ATTRIBUTE_PROMPTS,
+        "summary": summarize(results),
+        "runs": results,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(results_table([args.out]))

@@ -34,8 +34,10 @@ STEPS = 30  # timed, of each data set in turn
 def make_faces(folder: Path, count: int) -> None:
     """`count` different pictures of 64 px with the demo's captions."""
     entries = json.loads((ROOT / "demo" / "faces" / "modified_face_250.json").read_text(encoding="utf-8"))
-    pictures = [Image.open(ROOT / "demo" / "faces" / f"{entry['image_name']}.png").convert("RGB").resize((64, 64))
-                for entry in entries]
+    pictures = [
+        Image.open(ROOT / "demo" / "faces" / f"{entry['image_name']}.png").convert("RGB").resize((64, 64))
+        for entry in entries
+    ]
     random, listed = np.random.default_rng(0), []
     for number in range(count):
         pixels = np.array(pictures[number % len(pictures)])
@@ -49,8 +51,9 @@ def measure_data_set(folder: Path, count: int) -> tuple[dict, object]:
     """(seconds per stage, the data set with its latents)."""
     import torch
 
-    from base_model import load_vae
-    from dataset import EncodedDataset, MangaFaceDataset, encode_faces, folder_identity
+    from dataset import MangaFaceDataset
+    from training.base_model import load_vae
+    from training.encoding import EncodedDataset, encode_faces, folder_identity
 
     make_faces(folder, count)
     base, cache, seconds = ROOT / "demo" / "base", folder / "cache", {}
@@ -76,22 +79,20 @@ def measure_steps(sets: list, records: list[dict]) -> None:
     """Drawing and gradient of a step, the data sets taking turns."""
     import torch
 
-    from base_model import load_unet
-    from denoising import accumulate_gradients, draw_window
-    from lora_layers import flatten_lora, fuse_lora, inject_lora
+    from train_manga_lora import TrainingConfig
+    from training.denoising import accumulate_gradients, draw_batch
+    from training.model import build_model
 
-    unet, scheduler = load_unet(ROOT / "demo" / "base", torch.device("cpu"), torch.float32)
-    inject_lora(unet)
-    fuse_lora(unet)
-    flatten_lora(unet)
-    scaler, seconds = torch.amp.GradScaler("cpu", init_scale=1.0), [([], []) for _ in sets]
+    config = TrainingConfig(lora_rank=16, lora_alpha=32)
+    model = build_model(config, ROOT / "demo" / "base", torch.device("cpu"), torch.float32)
+    seconds = [([], []) for _ in sets]
     for step in range(STEPS + 3):
         for (dataset, encoded), (drawing, gradient) in zip(sets, seconds, strict=True):
             positions = dataset.epoch_order(0)[8 * (step % 10) : 8 * (step % 10) + 8]
             start = time.perf_counter()
-            window = draw_window(dataset, positions, 0, step, encoded.latent_mean.shape[1:], 1000, 0.1)
+            batch = draw_batch(dataset, positions, 0, step, encoded.latent_mean.shape[1:], 1000, 0.1)
             drawn = time.perf_counter()
-            accumulate_gradients(unet, scheduler, encoded, window, torch.arange(8), 8, scaler)
+            accumulate_gradients(model.unet, model.scheduler, encoded, batch, torch.arange(8), 8, model.scaler)
             drawing.append(drawn - start)
             gradient.append(time.perf_counter() - drawn)
     for record, (drawing, gradient) in zip(records, seconds, strict=True):
@@ -104,30 +105,56 @@ def measure_processes(folder: Path, epochs: int = 3) -> list[dict]:
     for processes, threads in ((1, 1), (1, psutil.cpu_count(logical=True)), (2, 1)):
         output = folder / f"out-{processes}-{threads}"
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        command = [*(launch if processes > 1 else [sys.executable]), str(ROOT / "train_manga_lora.py"), "--demo",
-                   "--output_dir", str(output), "--cache_dir", str(folder / "cache"), "--sample_prompts",
-                   "--num_train_epochs", str(epochs), "--train_batch_size", str(8 // processes),
-                   "--gradient_accumulation_steps", "1"]
-        subprocess.run(command, check=True, cwd=folder, capture_output=True,
-                       env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        command = [
+            *(launch if processes > 1 else [sys.executable]),
+            str(ROOT / "train_manga_lora.py"),
+            "--demo",
+            "--output_dir",
+            str(output),
+            "--cache_dir",
+            str(folder / "cache"),
+            "--sample_prompts",
+            "--num_train_epochs",
+            str(epochs),
+            "--train_batch_size",
+            str(8 // processes),
+            "--gradient_accumulation_steps",
+            "1",
+        ]
+        subprocess.run(
+            command, check=True, cwd=folder, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+        )
         summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-        rows.append({"processes": processes, "threads": threads, "images_per_s": summary["images_per_s"],
-                     "val_loss": summary["val_loss_best"]})
+        rows.append(
+            {
+                "processes": processes,
+                "threads": threads,
+                "images_per_s": summary["images_per_s"],
+                "val_loss": summary["val_loss_best"],
+            }
+        )
     return rows
 
 
 def table(result: dict) -> str:
-    """Markdown for the README."""
-    lines = ["| faces | read, ms each | encode, ms each | from the cache, ms each | latents in memory | drawing a step "
-             "| a step |", "|---|---|---|---|---|---|---|"]
+    """Markdown for docs/results.md."""
+    lines = [
+        "| faces | read, ms each | encode, ms each | from the cache, ms each | latents in memory | drawing a step "
+        "| a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for record in result["data_sets"]:
         each = {name: 1000 * seconds / record["faces"] for name, seconds in record["seconds"].items()}
-        lines.append(f"| {record['faces']:,} | {each['read']:.2f} | {each['encode']:.1f} | {each['cached']:.2f} | "
-                     f"{record['resident_bytes'] / 2**20:.1f} MiB | {1000 * record['draw_s']:.2f} ms | "
-                     f"{1000 * record['step_s']:.0f} ms |")
+        lines.append(
+            f"| {record['faces']:,} | {each['read']:.2f} | {each['encode']:.1f} | {each['cached']:.2f} | "
+            f"{record['resident_bytes'] / 2**20:.1f} MiB | {1000 * record['draw_s']:.2f} ms | "
+            f"{1000 * record['step_s']:.0f} ms |"
+        )
     lines += ["", "| processes x threads | images/s | validation loss |", "|---|---|---|"]
-    lines += [f"| {row['processes']} x {row['threads']} | {row['images_per_s']:.1f} | {row['val_loss']:.6f} |"
-              for row in result["processes"]]
+    lines += [
+        f"| {row['processes']} x {row['threads']} | {row['images_per_s']:.1f} | {row['val_loss']:.6f} |"
+        for row in result["processes"]
+    ]
     return "\n".join(lines)
 
 
@@ -155,8 +182,13 @@ def main(words: list[str]) -> None:
         processes = measure_processes(Path(temporary))
     device, _ = describe_machine("cpu")
     command = " ".join(["python bench/bench_scale.py", *words])
-    result = {"device": device, "commit": git_commit(), "command": command, "data_sets": records,
-              "processes": processes}
+    result = {
+        "device": device,
+        "commit": git_commit(),
+        "command": command,
+        "data_sets": records,
+        "processes": processes,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(result)}\nWritten: {args.out}")

@@ -66,72 +66,55 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 def build_ours(args, micro_batch: int | None, checkpointing: bool | None) -> tuple:
-    """Row a: the step of train_manga_lora.py's loop on the demo's faces, with random latents and text embeddings.
+    """Row a: train_manga_lora.py's own train_step() on the demo's faces, with random latents and text embeddings.
 
     None for micro_batch or checkpointing is the trainer's own choice.
     """
     import torch
 
-    from base_model import load_unet
-    from dataset import EncodedDataset, MangaFaceDataset
-    from denoising import (
-        MemoryPlan,
-        accumulate_gradients,
-        choose_plan,
-        draw_window,
-        memory_plans,
-        read_later,
-        sum_over_processes,
-    )
-    from lora_layers import GradientPenalty, flatten_lora, fuse_lora, inject_lora
-    from train_manga_lora import TrainingConfig, clip_and_step, free_bytes, tune_for
+    from dataset import MangaFaceDataset
+    from train_manga_lora import TrainingConfig, train_step
+    from training.denoising import draw_batch
+    from training.encoding import EncodedDataset
+    from training.memory import MemoryPlan, Plans, choose_plan, free_bytes, memory_plans
+    from training.model import build_model
+    from training.run import tune_for
 
     device = torch.device(args.device)
     dtype = torch.float16 if args.device == "cuda" else torch.float32
-    config = TrainingConfig()
+    config = TrainingConfig(lora_rank=RANK, lora_alpha=ALPHA, learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM)
     tune_for(device)
 
     faces = ROOT / "demo" / "faces"
     dataset = MangaFaceDataset(faces, faces / "modified_face_250.json", args.resolution)
-    unet, scheduler = load_unet(args.base, device, dtype)
-    latent_shape, text_shape = latent_shape_of(args), (77, unet.config.cross_attention_dim)
+    model = build_model(config, args.base, device, dtype, log=lambda text: None)
+    latent_shape, text_shape = latent_shape_of(args), (77, model.unet.config.cross_attention_dim)
     encoded = EncodedDataset(
-        torch.randn(len(dataset.samples), *latent_shape), torch.full((len(dataset.samples), *latent_shape), 0.1),
+        torch.randn(len(dataset.faces), *latent_shape),
+        torch.full((len(dataset.faces), *latent_shape), 0.1),
         torch.randn(len(dataset.texts), *text_shape).to(dtype),
     ).to(device)
-    inject_lora(unet, RANK, ALPHA)
-    fuse_lora(unet)
-    weights = flatten_lora(unet)
-    unet.train()
     if checkpointing is None:
-        plans = memory_plans(unet, latent_shape, text_shape, EFFECTIVE_BATCH, "auto")
+        plans = memory_plans(model.unet, latent_shape, text_shape, EFFECTIVE_BATCH, "auto")
         plan = choose_plan(plans, free_bytes(device, 1))
     else:
-        plan = MemoryPlan(micro_batch or EFFECTIVE_BATCH, "all" if checkpointing else "nothing", 0.0)
-    plan.apply(unet)
-    optimizer = torch.optim.AdamW([weights], lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler(args.device, init_scale=2.0**16 if dtype == torch.float16 else 1.0)
-    penalty_of = GradientPenalty(config.penalty_factor)
+        plans = [plan := MemoryPlan(micro_batch or EFFECTIVE_BATCH, "all" if checkpointing else "nothing", 0.0)]
+    model.plans = Plans(model.unet, plans, plan)
     orders = (dataset.epoch_order(epoch) for epoch in itertools.count())
     whole = len(dataset) - len(dataset) % EFFECTIVE_BATCH  # the few faces left over would make a cheaper step
-    windows = (order[start : start + EFFECTIVE_BATCH] for order in orders for start in range(0, whole, EFFECTIVE_BATCH))
-    numbers, rows, launched = itertools.count(), torch.arange(EFFECTIVE_BATCH), []
+    batches = (order[start : start + EFFECTIVE_BATCH] for order in orders for start in range(0, whole, EFFECTIVE_BATCH))
+    numbers, share, launched = itertools.count(), torch.arange(EFFECTIVE_BATCH), []
+    timesteps = model.scheduler.config.num_train_timesteps
 
     def step() -> None:
-        window = draw_window(dataset, next(windows), SEED, next(numbers), latent_shape,
-                             scheduler.config.num_train_timesteps, config.caption_dropout)
-        weights.grad.zero_()
-        w_loss = accumulate_gradients(unet, scheduler, encoded, window, rows, plan.micro_batch, scaler)
-        signal_number = torch.zeros_like(w_loss)
-        sum_over_processes(weights.grad, w_loss, signal_number)
-        penalty = penalty_of(weights)
-        scaler.scale(penalty).backward()
-        finite = clip_and_step(optimizer, scaler, weights, MAX_GRAD_NORM)
-        launched.append(read_later(torch.stack([w_loss, penalty.detach(), finite.to(w_loss), signal_number])))
-        while len(launched) > 1:
+        positions = next(batches)
+        batch = draw_batch(dataset, positions, SEED, next(numbers), latent_shape, timesteps, config.caption_dropout)
+        launched.append(train_step(model, encoded, batch, share, LEARNING_RATE, config))
+        while len(launched) > 1:  # read one step late, as the trainer does
             launched.pop(0)()
 
-    return step, optimizer, plan.micro_batch, {"nothing": "no", "largest": "largest", "all": "yes"}[plan.recompute]
+    checkpointed = {"nothing": "no", "largest": "largest", "all": "yes"}[plan.checkpointing]
+    return step, model.optimizer, plan.micro_batch, checkpointed
 
 
 def build_recipe(args, micro_batch: int, checkpointing: bool, cached: bool) -> tuple:
@@ -239,16 +222,25 @@ def run_script(args) -> dict:
         lines = [{"file_name": f"{entry['image_name']}.png", "text": entry["captions"][0]} for entry in entries]
         (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
         flags = {
-            "pretrained_model_name_or_path": args.base, "train_data_dir": images, "output_dir": f"{folder}/out",
-            "cache_dir": f"{folder}/cache", "resolution": args.resolution, "train_batch_size": 2,
-            "gradient_accumulation_steps": 4, "max_train_steps": args.warmup + args.steps, "rank": RANK,
-            "learning_rate": LEARNING_RATE, "mixed_precision": "fp16" if args.device == "cuda" else "no", "seed": SEED,
+            "pretrained_model_name_or_path": args.base,
+            "train_data_dir": images,
+            "output_dir": f"{folder}/out",
+            "cache_dir": f"{folder}/cache",
+            "resolution": args.resolution,
+            "train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "max_train_steps": args.warmup + args.steps,
+            "rank": RANK,
+            "learning_rate": LEARNING_RATE,
+            "mixed_precision": "fp16" if args.device == "cuda" else "no",
+            "seed": SEED,
         }
         command = [sys.executable, str(script), "--gradient_checkpointing", *(f"--{k}={v}" for k, v in flags.items())]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
         started, moments, text = time.time(), [], ""
-        with subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
             while piece := os.read(process.stderr.fileno(), 4096):
                 text = (text + piece.decode(errors="replace"))[-8192:]
                 done = re.findall(r"Steps:.*?\b(\d+)/\d+ \[", text)
@@ -292,8 +284,10 @@ def work(connection, row: str, args, started: float) -> None:
             connection.send(timed(step, args.device))
 
         if args.device == "cuda":
-            answer = {"peak_allocated_mib": torch.cuda.max_memory_allocated() / 2**20,
-                      "peak_reserved_mib": torch.cuda.max_memory_reserved() / 2**20}
+            answer = {
+                "peak_allocated_mib": torch.cuda.max_memory_allocated() / 2**20,
+                "peak_reserved_mib": torch.cuda.max_memory_reserved() / 2**20,
+            }
         else:
             import resource
 
@@ -336,8 +330,9 @@ def count_flops():
     aten = torch.ops.aten
     on_cpu = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(gradient, q, k, v)
+        ),
     }
     return FlopCounterMode(display=False, custom_mapping=on_cpu)
 
@@ -453,12 +448,17 @@ def ratios(rows: list[dict]) -> list[dict]:
     """How many times as fast every a is as b, as the fastest c, and as d: quotients of the median seconds."""
     median = {row["row"]: row["median_s"] for row in rows if "median_s" in row}
     fastest_c = sorted((row for row in median if row[0] == "c"), key=median.get)[:1]
-    return [{"row": row, "against": rival, "times_as_fast": median[rival] / median[row]}
-            for row in median if row[0] == "a" for rival in ("b", *fastest_c, "d") if rival in median]
+    return [
+        {"row": row, "against": rival, "times_as_fast": median[rival] / median[row]}
+        for row in median
+        if row[0] == "a"
+        for rival in ("b", *fastest_c, "d")
+        if rival in median
+    ]
 
 
 def results_table(paths: list[Path]) -> str:
-    """Markdown for the README, a table per result file. The last two columns: what the step must compute per second,
+    """Markdown for docs/results.md, a table per file. The last two columns: what the step must compute per second,
     as a share of the device's matmul rate; this row's time over that of the first row a, the fastest c's in bold.
     """
     text = []
@@ -468,9 +468,20 @@ def results_table(paths: list[Path]) -> str:
         ours = next((median for row, median in medians.items() if row[0] == "a"), None)
         fastest_c = min((row for row in medians if row[0] == "c"), key=medians.get, default=None)
         on_cuda = any("peak_reserved_mib" in row for row in rows)
-        lines = [["row", "", "micro-batch", "checkpointing", "ms per step (p10 to p90)", "images/s",
-                  "GPU memory reserved" if on_cuda else "memory, whole process", "first step", "of matmul rate",
-                  "time / a's"]]
+        lines = [
+            [
+                "row",
+                "",
+                "micro-batch",
+                "checkpointing",
+                "ms per step (p10 to p90)",
+                "images/s",
+                "GPU memory reserved" if on_cuda else "memory, whole process",
+                "first step",
+                "of matmul rate",
+                "time / a's",
+            ]
+        ]
         lines.append(["---"] * len(lines[0]))
         for row in rows:
             line = [row["row"], NAMES[row["row"][0]]]
@@ -479,10 +490,14 @@ def results_table(paths: list[Path]) -> str:
                 mib = row.get("peak_reserved_mib") or row.get("process_peak_rss_mib")
                 first, share = f"{row['first_step_s']:.1f} s", row.get("useful_share_of_matmul")
                 line += [
-                    str(row["micro_batch"]), row["checkpointing"],
+                    str(row["micro_batch"]),
+                    row["checkpointing"],
                     f"{1000 * row['median_s']:.1f} ({1000 * row['p10_s']:.1f} to {1000 * row['p90_s']:.1f})",
-                    f"{row['images_per_s']:.2f}", f"{mib / 1024:.2f} GiB" if mib else "", first,
-                    f"{share:.0%}" if share else "", f"**{times}**" if times and row["row"] == fastest_c else times,
+                    f"{row['images_per_s']:.2f}",
+                    f"{mib / 1024:.2f} GiB" if mib else "",
+                    first,
+                    f"{share:.0%}" if share else "",
+                    f"**{times}**" if times and row["row"] == fastest_c else times,
                 ]
             else:
                 line += ["", "", row.get("skipped") or row.get("error"), "", "", "", "", ""]
@@ -490,9 +505,14 @@ def results_table(paths: list[Path]) -> str:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines = [" | ".join(map(str.ljust, line, widths)) for line in lines]
         model = "SD 1.5's shapes with random weights" if result["model"] == "sd15" else "the demo's base"
-        text += [f"{result['device']}; {model} at {result['resolution']} px, {result['precision']}; {result['steps']} "
-                 f"rounds; torch {result['versions']['torch']}, diffusers {result['versions']['diffusers']}; "
-                 f"{result['date']}, commit {result['commit']}:", "", *(f"| {line} |" for line in lines), ""]
+        text += [
+            f"{result['device']}; {model} at {result['resolution']} px, {result['precision']}; {result['steps']} "
+            f"rounds; torch {result['versions']['torch']}, diffusers {result['versions']['diffusers']}; "
+            f"{result['date']}, commit {result['commit']}:",
+            "",
+            *(f"| {line} |" for line in lines),
+            "",
+        ]
     return "\n".join(text).rstrip()
 
 
@@ -509,14 +529,23 @@ def make_sd15(folder: Path) -> None:
     ids = {name: 1236 if name == "bos_token_id" else 1237 for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.device("meta"):
         parts = {
-            "unet": UNet2DConditionModel(sample_size=64, block_out_channels=(320, 640, 1280, 1280),
-                                         cross_attention_dim=768, attention_head_dim=8),
-            "vae": AutoencoderKL(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                                 latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                                 up_block_types=("UpDecoderBlock2D",) * 4),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(
-                hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **ids)),
-        }  # fmt: skip
+            "unet": UNet2DConditionModel(
+                sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
+            ),
+            "vae": AutoencoderKL(
+                sample_size=512,
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                latent_channels=4,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+            ),
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **ids
+                )
+            ),
+        }
     torch.manual_seed(SEED)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
@@ -592,8 +621,11 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
     on_cuda = args.device == "cuda"
-    defaults = {"resolution": 64 if args.model == "demo" else 512 if on_cuda else 256,
-                "steps": 100 if on_cuda else 10, "warmup": 20 if on_cuda else 2}
+    defaults = {
+        "resolution": 64 if args.model == "demo" else 512 if on_cuda else 256,
+        "steps": 100 if on_cuda else 10,
+        "warmup": 20 if on_cuda else 2,
+    }
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     unit = 64 if args.model == "sd15" else 32  # VAE and UNet halve the picture so often
@@ -614,11 +646,18 @@ def main(words: list[str]) -> None:
         make_sd15(args.base)
     device, slug = describe_machine(args.device)
     result = {
-        "device": device, "model": args.model, "resolution": args.resolution,
-        "precision": "fp16" if args.device == "cuda" else "float32", "effective_batch": EFFECTIVE_BATCH,
+        "device": device,
+        "model": args.model,
+        "resolution": args.resolution,
+        "precision": "fp16" if args.device == "cuda" else "float32",
+        "effective_batch": EFFECTIVE_BATCH,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-        "commit": git_commit(), "command": shlex.join(["python", "bench/bench_training.py", *words]),
-        "date": datetime.date.today().isoformat(), "seed": SEED, "warmup": args.warmup, "steps": args.steps,
+        "commit": git_commit(),
+        "command": shlex.join(["python", "bench/bench_training.py", *words]),
+        "date": datetime.date.today().isoformat(),
+        "seed": SEED,
+        "warmup": args.warmup,
+        "steps": args.steps,
         "matmul_tflops": matmul_tflops(args.device),
     }
     rows = measure(args)

@@ -2,7 +2,7 @@
 
 `python demo/train_attributes.py` renders faces of known parts, sends them through the base's VAE as every generated
 picture is, trains a small network on them, tests it on faces it has not seen, and writes `demo/attributes/`:
-the network, and prompts that ask for each attribute half of the time. `evaluate_lora.py` reads both.
+the network, and prompts that ask for each attribute half of the time. `evaluation/` reads both.
 """
 
 import json
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 DEMO_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO_DIR.parent))
-from evaluate_lora import ATTRIBUTES, asked_for, attribute_network, balanced_accuracy  # noqa: E402
+from evaluation.measures import ATTRIBUTES, asked_for, attribute_network, balanced_accuracy  # noqa: E402
 
 FOLDER, WORK_DIR = DEMO_DIR / "attributes", DEMO_DIR / ".work"
 PIXELS = 64

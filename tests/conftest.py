@@ -1,5 +1,8 @@
 """What the tests share: a tiny random Stable Diffusion with SD1.5's block structure, and real faces from the demo."""
 
+import copy
+import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +16,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from lora_layers import inject_lora, lora_modules, lora_parameters  # noqa: E402
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 torch.set_num_threads(1)  # faster for models of this size, and cores may be busy
 
@@ -53,12 +58,20 @@ def tiny_base(tmp_path_factory) -> Path:
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16, 16, 16), layers_per_block=2, norm_num_groups=4,
-        cross_attention_dim=16, attention_head_dim=2,
+        sample_size=16,
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
     )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16), norm_num_groups=4, latent_channels=4, sample_size=64,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
     )
     characters = [chr(code) for code in range(33, 127)]
     vocabulary = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
@@ -66,14 +79,34 @@ def tiny_base(tmp_path_factory) -> Path:
         vocab={token: index for index, token in enumerate(vocabulary)}, merges=[], model_max_length=77
     )
     text_encoder = CLIPTextModel(
-        CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                       num_attention_heads=2, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
     pipe = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
     folder = tmp_path_factory.mktemp("base")
@@ -114,9 +147,19 @@ def tiny_config(tmp_path, faces, tiny_base):
     from train_manga_lora import TrainingConfig
 
     return TrainingConfig(
-        dataset_dir=str(faces), json_file=str(faces / "modified_face_250.json"), output_dir=str(tmp_path / "out"),
-        pretrained_model=str(tiny_base), cache_dir=str(tmp_path / "cache"), resolution=64, num_train_epochs=3,
-        learning_rate=1e-3, lora_rank=4, lora_alpha=8, sample_every_n_epochs=0, sample_prompts=(), num_workers=0,
+        dataset_dir=str(faces),
+        json_file=str(faces / "modified_face_250.json"),
+        output_dir=str(tmp_path / "out"),
+        pretrained_model=str(tiny_base),
+        cache_dir=str(tmp_path / "cache"),
+        resolution=64,
+        num_train_epochs=3,
+        learning_rate=1e-3,
+        lora_rank=4,
+        lora_alpha=8,
+        sample_every_n_epochs=0,
+        sample_prompts=(),
+        num_workers=0,
     )
 
 
@@ -149,3 +192,146 @@ def place(tmp_path, small_faces, monkeypatch) -> Path:
     shutil.copytree(small_faces, tmp_path / "faces")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+# UNets of toy widths with LoRA ------------------------------------------------------------------------------------
+
+# Stable Diffusion 1.5's UNet; the tiny one has its block structure at toy widths
+SD15_CONFIG = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+}
+TINY_CONFIG = SD15_CONFIG | {
+    "sample_size": 16,  # 2 x 2 at the mid block: attention to a lone token gives q and k no gradient
+    "block_out_channels": (8, 16, 24, 24),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+ENDS = ("lora_down.weight", "lora_up.weight", "alpha")
+
+
+@pytest.fixture(scope="session")
+def pristine_unet():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**TINY_CONFIG).eval()
+
+
+@pytest.fixture
+def unet(pristine_unet):
+    return copy.deepcopy(pristine_unet)
+
+
+@pytest.fixture(scope="session")
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    return latents, torch.tensor([3, 700]), torch.randn(2, 5, 16, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def sd15_unet():
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15_CONFIG)
+    inject_lora(unet, rank=16, network_alpha=32)
+    return unet
+
+
+def randomise(unet, seed=2, size=0.3):
+    """Up weights as after a training, large enough to be seen in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_modules(unet).values():
+            layer.up_weight.copy_(size * torch.randn(layer.up_weight.shape, generator=generator))
+    return unet
+
+
+def with_lora(pristine_unet, rank=4, alpha=8, **randomised):
+    torch.manual_seed(5)
+    unet = copy.deepcopy(pristine_unet)
+    inject_lora(unet, rank, alpha)
+    return randomise(unet, **randomised)
+
+
+def output(unet, batch):
+    with torch.no_grad():
+        return unet(*batch).sample
+
+
+def base_weights(unet):
+    lora = {id(p) for p in lora_parameters(unet)}
+    return {name: p.detach().clone() for name, p in unet.named_parameters() if id(p) not in lora}
+
+
+def assert_same_tensors(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def gradients_of(unet, batch, scale=1024.0):
+    """The loss is scaled, for fp16 has no numbers small enough for its gradients."""
+    for weight in lora_parameters(unet):
+        weight.grad = None
+    latents, timesteps, text = batch
+    sample = unet(latents.to(unet.dtype), timesteps, text.to(unet.dtype)).sample
+    (scale * sample.to(torch.promote_types(sample.dtype, torch.float32)).square().mean()).backward()
+    return [weight.grad for weight in lora_parameters(unet)]
+
+
+def cosine(a, b):
+    return torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
+
+
+# Whole runs ------------------------------------------------------------------------------------------------------
+
+
+def run(config, **changes):
+    import train_manga_lora as trainer
+
+    return trainer.main(dataclasses.replace(config, **changes))
+
+
+def metrics(config) -> list[dict]:
+    """metrics.csv without the one column that is a stopwatch."""
+    with open(os.path.join(config.output_dir, "metrics.csv"), newline="") as file:
+        return [{name: value for name, value in row.items() if name != "images_per_s"} for row in csv.DictReader(file)]
+
+
+def exported(config, name="pytorch_lora_weights.bin") -> bytes:
+    with open(os.path.join(config.output_dir, name), "rb") as file:
+        return file.read()
+
+
+def signal_at_step(monkeypatch, step: int, number=signal.SIGTERM) -> None:
+    """Send this process a signal while optimizer step `step` (from 1) is under way."""
+    import train_manga_lora as trainer
+
+    original, calls = trainer.train_step, []
+
+    def wrapped(*arguments):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", wrapped)
+
+
+@pytest.fixture
+def uninterrupted(tiny_config):
+    """The result every interrupted run has to reproduce: (rows of metrics.csv, bytes of both .bin)."""
+    config = dataclasses.replace(tiny_config, output_dir=tiny_config.output_dir + "-uninterrupted", train_batch_size=1)
+    run(config)
+    return metrics(config), exported(config), exported(config, "last/pytorch_lora_weights.bin")

@@ -1,6 +1,6 @@
 """The ablation: each swap does what its row says, and nothing but that; the table follows from the runs.
 
-    python -m pytest tests/test_ablation.py
+python -m pytest tests/test_ablation.py
 """
 
 import dataclasses
@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-import denoising
 import evaluate_lora
 import train_manga_lora as trainer
-from base_model import load_unet
 from dataset import MangaFaceDataset
-from lora_layers import inject_lora, lora_parameters
+from lora_layers import lora_parameters
+from training import denoising
 
 sys.path.insert(0, str(ROOT / "bench"))
 import ablation
@@ -34,20 +33,16 @@ def faces(shared_faces):
     return MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64)
 
 
-def window(dataset, step=3):
-    return trainer.draw_window(dataset, range(8), 0, step, (4, 16, 16), 1000, 0.0)
+def draw(dataset, step=3):
+    return trainer.draw_batch(dataset, range(8), 0, step, (4, 16, 16), 1000, 0.0)
 
 
 def test_lora_plus_equals_adamw_with_two_groups_of_parameters(tiny_base, monkeypatch):
-    def lora_unet():
-        unet, _ = load_unet(tiny_base, torch.device("cpu"), torch.float32)
-        torch.manual_seed(0)
-        inject_lora(unet, 4, 8)
-        return unet
-
-    unet, reference = lora_unet(), lora_unet()
+    config = trainer.TrainingConfig(lora_rank=4, lora_alpha=8, learning_rate=1e-3, seed=0)
+    arguments = (config, tiny_base, torch.device("cpu"), torch.float32, lambda text: None)
+    own = [weight.detach().clone() for weight in lora_parameters(trainer.build_model(*arguments).unet)]
     swapped(monkeypatch, ablation.lora_plus(4))
-    weights, own = trainer.flatten_lora(unet), lora_parameters(reference)
+    weights = trainer.build_model(*arguments).weights
     start = weights.detach().clone()
     optimizer = torch.optim.AdamW([weights], lr=1e-3, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=2**30)
@@ -69,9 +64,9 @@ def test_lora_plus_equals_adamw_with_two_groups_of_parameters(tiny_base, monkeyp
 
 
 def test_uniform_timesteps_change_the_timesteps_and_leave_their_strata(faces, monkeypatch):
-    before = [window(faces, step) for step in range(20)]
+    before = [draw(faces, step) for step in range(20)]
     swapped(monkeypatch, ablation.uniform_timesteps())
-    after = [window(faces, step) for step in range(20)]
+    after = [draw(faces, step) for step in range(20)]
     for old, new in zip(before, after, strict=True):
         assert sorted(old.timesteps // 125) == list(range(8))  # one of each eighth
         for name in ("faces", "texts", "noise", "posterior_noise", "loss_weights"):
@@ -85,9 +80,9 @@ def test_min_snr_weighs_noise_prediction_by_min_of_snr_and_gamma_over_snr(faces,
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
 
-    before = window(faces)
+    before = draw(faces)
     swapped(monkeypatch, ablation.min_snr(5.0))
-    after = window(faces)
+    after = draw(faces)
     scheduler = DDPMScheduler.from_pretrained(ROOT / "demo" / "base" / "scheduler")
     snr = compute_snr(scheduler, before.timesteps)
     assert torch.allclose(after.loss_weights, before.loss_weights * torch.clamp(snr, max=5.0) / snr, rtol=1e-5)
@@ -95,11 +90,11 @@ def test_min_snr_weighs_noise_prediction_by_min_of_snr_and_gamma_over_snr(faces,
 
 
 @pytest.mark.parametrize("row, joined", [("joined_captions", True), ("single_captions", False)])
-def test_caption_rows_draw_only_their_kind_and_validation_still_reads_the_joined_text(faces, monkeypatch, row, joined):
+def test_caption_rows_draw_only_their_kind_and_validation_reads_the_joined_text(faces, monkeypatch, row, joined):
     before = [list(indices) for indices in faces.text_indices]
     swapped(monkeypatch, ablation.ROWS[row].swap())
     for step in range(20):
-        drawn = window(faces, step)
+        drawn = draw(faces, step)
         for face, text in zip(drawn.faces.tolist(), drawn.texts.tolist(), strict=True):
             assert (text == before[face][-1]) == joined and text in before[face]
     assert faces.text_indices == before
@@ -111,7 +106,7 @@ def test_decay_beyond_the_constants_and_oracle_weights_are_what_their_rows_say(m
     assert [trainer.weight_decay_at(epoch, config) for epoch in range(4)] == [1.0, 3.25, 5.5, 7.75]
     swapped(monkeypatch, ablation.ROWS["rare_drawn_more"].swap())
     faces = MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64)
-    captions = [" ".join(faces.samples[face].captions) for face in faces.train]
+    captions = [" ".join(faces.faces[face].captions) for face in faces.train]
     rare = np.array([any(word in text for word in ablation.RARE) for text in captions])
     assert rare.any() and len(set(faces.weights[rare])) == len(set(faces.weights[~rare])) == 1
     assert faces.weights[rare][0] == pytest.approx(2.0) and faces.weights[~rare][0] < 1
@@ -139,8 +134,10 @@ def result(row, seed, losses, **figures):
 def test_rows_are_compared_with_the_baseline_seed_by_seed():
     figures = {"score": 5.0, "rare": 0.7, "common": 0.7}
     runs = [result("baseline", seed, [1.0, 0.8, 0.6 + 0.1 * seed], **figures) for seed in range(3)]
-    runs += [result("lr_x2", seed, [1.0, 0.6 + 0.1 * seed, 0.5 + 0.1 * seed], **figures | {"rare": rare})
-             for seed, rare in enumerate((0.8, 0.81, 0.82))]  # fmt: skip
+    runs += [
+        result("lr_x2", seed, [1.0, 0.6 + 0.1 * seed, 0.5 + 0.1 * seed], **figures | {"rare": rare})
+        for seed, rare in enumerate((0.8, 0.81, 0.82))
+    ]
     runs += [result("no_decay", seed, [1.0, 0.9, 0.85], **figures) for seed in range(3)]
     rows = {row["row"]: row for row in ablation.summarize(runs)}
     faster = rows["lr_x2"]
@@ -153,14 +150,24 @@ def test_rows_are_compared_with_the_baseline_seed_by_seed():
 
 
 def test_a_run_trains_with_its_swap_scores_and_is_not_repeated(tiny_base, shared_faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "DEMO", trainer.DEMO | {
-        "dataset_dir": str(shared_faces), "json_file": str(shared_faces / "modified_face_250.json"),
-        "pretrained_model": str(tiny_base), "lora_rank": 4, "lora_alpha": 8, "sample_prompts": ("a manga face",)})
+    monkeypatch.setattr(
+        trainer,
+        "DEMO",
+        trainer.DEMO
+        | {
+            "dataset_dir": str(shared_faces),
+            "json_file": str(shared_faces / "modified_face_250.json"),
+            "pretrained_model": str(tiny_base),
+            "lora_rank": 4,
+            "lora_alpha": 8,
+            "sample_prompts": ("a manga face",),
+        },
+    )
     for name, value in {"WORK": tmp_path, "ATTRIBUTE_PROMPTS": 32, "SAMPLE_STEPS": 1, "EVALUATION": []}.items():
         monkeypatch.setattr(ablation, name, value)
     jobs = {row: (row, 0, 2, 1e-3, tmp_path / row) for row in ("baseline", "min_snr_5")}
     results = {row: ablation.run(job) for row, job in jobs.items()}
-    assert trainer.draw_window is denoising.draw_window  # the swap was put back
+    assert trainer.draw_batch is denoising.draw_batch  # the swap was put back
     assert results["baseline"]["val_losses"][0] == results["min_snr_5"]["val_losses"][0]
     assert results["baseline"]["val_losses"][1:] != results["min_snr_5"]["val_losses"][1:]
     assert len(results["baseline"]["val_losses"]) == 3 and 0 <= results["baseline"]["rare"] <= 1

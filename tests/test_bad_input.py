@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from train_manga_lora import TrainingConfig
+
 TOLD = pytest.mark.promise("Bad input is told in one line with its name and value, and changes nothing")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +35,7 @@ def exit_of(script, config_or_arguments) -> tuple[int, str]:
         script.main(config)
     except script.Stop as stop:
         return stop.exit_code, str(stop)
-    except (script.InputError, script.BaseModelError, script.CheckpointError) as error:
+    except (script.InputError, script.CheckpointError) as error:
         return 2, str(error)
     return 0, ""
 
@@ -54,26 +56,51 @@ def check_captions_refused(script, place: Path, content: bytes, words: list[str]
 
 
 def flags(place: Path, base, *more: str) -> list[str]:
-    return ["--dataset_dir", "faces", "--output_dir", "out", "--cache_dir", "cache", "--pretrained_model", str(base),
-            "--resolution", "64", "--num_workers", "0", "--sample_prompts", "--num_train_epochs", "1", *more]
+    return [
+        "--dataset_dir",
+        "faces",
+        "--json_file",
+        "faces/modified_face_250.json",
+        "--output_dir",
+        "out",
+        "--cache_dir",
+        "cache",
+        "--pretrained_model",
+        str(base),
+        "--resolution",
+        "64",
+        "--num_workers",
+        "0",
+        "--sample_prompts",
+        "--num_train_epochs",
+        "1",
+        "--learning_rate",
+        "5e-5",
+        "--lora_rank",
+        "16",
+        *more,
+    ]
 
 
 # Flags and constants ---------------------------------------------------------------------------------------------
 
 
 @TOLD
-@pytest.mark.parametrize(("given", "words"), [
-    (["--learning_rat", "1e-4"], ["--learning_rat", "did you mean --learning_rate?"]),  # abbreviated
-    (["--lora_rnk=4"], ["--lora_rnk", "did you mean --lora_rank?"]),
-    (["--num-train-epochs", "3"], ["--num-train-epochs", "did you mean --num_train_epochs?"]),
-    (["--xyzzy"], ["--xyzzy", "--help"]),
-    (["faces"], ["faces", "--help"]),
-    (["--resolution", "512.0"], ["--resolution", "512.0", "int"]),
-    (["--num_train_epochs", "many"], ["--num_train_epochs", "many", "int"]),
-    (["--learning_rate", "fast"], ["--learning_rate", "fast", "float"]),
-    (["--lora_rank"], ["--lora_rank", "expected one argument"]),
-    (["--use_xformers=yes"], ["--use_xformers", "yes"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--learning_rat", "1e-4"], ["--learning_rat", "did you mean --learning_rate?"]),  # abbreviated
+        (["--lora_rnk=4"], ["--lora_rnk", "did you mean --lora_rank?"]),
+        (["--num-train-epochs", "3"], ["--num-train-epochs", "did you mean --num_train_epochs?"]),
+        (["--xyzzy"], ["--xyzzy", "--help"]),
+        (["faces"], ["faces", "--help"]),
+        (["--resolution", "512.0"], ["--resolution", "512.0", "int"]),
+        (["--num_train_epochs", "many"], ["--num_train_epochs", "many", "int"]),
+        (["--learning_rate", "fast"], ["--learning_rate", "fast", "float"]),
+        (["--lora_rank"], ["--lora_rank", "expected one argument"]),
+        (["--use_xformers=yes"], ["--use_xformers", "yes"]),
+    ],
+)
 def test_a_bad_flag_is_named_with_its_value_and_what_was_meant(script, place, given, words):
     check_refused(script, place, flags(place, "nowhere", *given), *words)
 
@@ -119,10 +146,18 @@ def test_a_constant_out_of_range_is_named_with_its_value(script, place, name, va
 
 
 @TOLD
-@pytest.mark.parametrize(("name", "value"), [
-    ("num_train_epochs", 30.0), ("resolution", "512"), ("learning_rate", "5e-5"), ("output_dir", None),
-    ("sample_prompts", ("a prompt without its comma")), ("demo", "yes"), ("train_batch_size", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_train_epochs", 30.0),
+        ("resolution", "512"),
+        ("learning_rate", "5e-5"),
+        ("output_dir", None),
+        ("sample_prompts", ("a prompt without its comma")),
+        ("demo", "yes"),
+        ("train_batch_size", True),
+    ],
+)
 def test_a_constant_edited_to_another_type_is_named(script, place, name, value):
     config = dataclasses.replace(script.parse_arguments(flags(place, "nowhere")), **{name: value})
     check_refused(script, place, config, f"{name}={value!r}")
@@ -136,8 +171,14 @@ def test_a_whole_number_is_welcome_where_a_fraction_is_asked_for(script, place):
 @TOLD
 @pytest.mark.parametrize(("given", "nearest"), [(8, 64), (32, 64), (72, 64), (88, 96), (520, 512)])
 def test_a_resolution_that_does_not_divide_gets_the_nearest_that_does(script, place, tiny_base, given, nearest):
-    check_refused(script, place, flags(place, tiny_base, f"--resolution={given}"), f"resolution={given}",
-                  "multiple of 32", f"try {nearest}")  # fmt: skip
+    check_refused(
+        script,
+        place,
+        flags(place, tiny_base, f"--resolution={given}"),
+        f"resolution={given}",
+        "multiple of 32",
+        f"try {nearest}",
+    )
 
 
 # Folder and captions ---------------------------------------------------------------------------------------------
@@ -219,9 +260,18 @@ def test_a_base_that_is_nowhere_is_named(script, place):
 
 
 @TOLD
-@pytest.mark.parametrize("lost", [
-    "unet", "vae", "text_encoder", "tokenizer", "scheduler", "vae/config.json", "unet/config.json",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "unet",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+        "vae/config.json",
+        "unet/config.json",
+    ],
+)
 def test_a_base_without_a_part_is_named_with_the_part(script, place, tiny_base, lost):
     shutil.copytree(tiny_base, place / "base")
     path = place / "base" / lost
@@ -256,7 +306,7 @@ def test_an_output_folder_that_is_a_file_is_told(script, place, tiny_base):
 
 @TOLD
 def test_another_runs_output_folder_is_refused_with_all_that_differs(script, place, tiny_base):
-    from checkpoint import start_folder
+    from training.folder import start_folder
 
     config = script.parse_arguments(flags(place, tiny_base))
     faces = script.MangaFaceDataset("faces", "faces/modified_face_250.json", 64)
@@ -268,8 +318,13 @@ def test_another_runs_output_folder_is_refused_with_all_that_differs(script, pla
     before = snapshot(place)
     code, message = exit_of(script, given)
     assert code == 2 and len(message.splitlines()) == 1
-    for words in ("output_dir='out'", "lora_rank was 16, is 8", "learning_rate was 5e-05, is 0.001", "data was",
-                  "--overwrite"):  # fmt: skip
+    for words in (
+        "output_dir='out'",
+        "lora_rank was 16, is 8",
+        "learning_rate was 5e-05, is 0.001",
+        "data was",
+        "--overwrite",
+    ):
         assert words in message
     assert "num_workers" not in message and "lora_alpha" not in message
     assert snapshot(place) == before
@@ -280,8 +335,14 @@ def test_another_runs_output_folder_is_refused_with_all_that_differs(script, pla
 
 def run(folder: Path, *arguments: str, python: tuple[str, ...] = ()) -> tuple[int, str, str, float]:
     started = time.monotonic()
-    done = subprocess.run([sys.executable, *python, str(ROOT / "train_manga_lora.py"), *arguments], cwd=folder,
-                          capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *python, str(ROOT / "train_manga_lora.py"), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     return done.returncode, done.stdout, done.stderr, time.monotonic() - started
 
 
@@ -289,7 +350,8 @@ def test_without_a_data_set_it_answers_at_once_and_leads_to_the_demo(tmp_path):
     code, out, err, seconds = run(tmp_path, python=("-X", "importtime"))
     imports, message = err.strip().splitlines()[:-1], err.strip().splitlines()[-1]
     assert code == 2 and not out
-    assert message.startswith("train_manga_lora.py: dataset_dir='faces_dataset'") and "--demo" in message
+    assert message.startswith(f"train_manga_lora.py: dataset_dir={TrainingConfig.dataset_dir!r}")
+    assert "--demo" in message
     assert all(line.startswith("import time:") for line in imports)
     heavy = {"torch", "numpy", "diffusers", "transformers", "accelerate", "sklearn", "PIL"}
     assert not heavy & {line.split("|")[-1].strip() for line in imports}
@@ -298,11 +360,14 @@ def test_without_a_data_set_it_answers_at_once_and_leads_to_the_demo(tmp_path):
 
 
 @TOLD
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--num_train_epoch", "3"], ["--num_train_epoch", "did you mean --num_train_epochs?"]),
-    (["--resolution", "big"], ["--resolution", "'big'"]),
-    (["--json_file", "faces/broken.json"], ["broken.json, line 2", "Expecting"]),  # found by dataset.py
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num_train_epoch", "3"], ["--num_train_epoch", "did you mean --num_train_epochs?"]),
+        (["--resolution", "big"], ["--resolution", "'big'"]),
+        (["--json_file", "faces/broken.json"], ["broken.json, line 2", "Expecting"]),  # found by dataset.py
+    ],
+)
 def test_on_the_command_line_bad_input_is_one_line_and_exit_code_two(place, arguments, words):
     (place / "faces" / "broken.json").write_text("[\n{,}]")
     before = snapshot(place)

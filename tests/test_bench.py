@@ -54,7 +54,9 @@ def measured(tmp_path_factory) -> tuple[dict, str]:
     words = ["--model", "demo", "--device", "cpu", "--rows", "a,c:b3,c:b8", "--steps", "2", "--warmup", "1"]
     run = subprocess.run(
         [sys.executable, ROOT / "bench" / "bench_training.py", *words, "--out", out],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(out.read_text(encoding="utf-8")), run.stdout
@@ -64,8 +66,11 @@ def test_rows_take_turns_and_really_train(measured):
     result, _ = measured
     ours, _, rival = result["rows"]
     assert (ours["row"], rival["row"]) == ("a", "c:b8")
-    turns = [(start, start + seconds, row["row"]) for row in (ours, rival)
-             for start, seconds in zip(row["step_starts"], row["step_seconds"], strict=True)]
+    turns = [
+        (start, start + seconds, row["row"])
+        for row in (ours, rival)
+        for start, seconds in zip(row["step_starts"], row["step_seconds"], strict=True)
+    ]
     turns.sort()
     assert [row for _, _, row in turns] == ["a", "c:b8", "a", "c:b8"]
     assert all(end <= start + 1e-5 for (_, end, _), (start, _, _) in itertools.pairwise(turns))
@@ -147,32 +152,66 @@ def test_diffusers_own_script_can_fail_or_lack_what_it_needs(row_d, tmp_path):
 
 def test_a_rows_time_is_compared_with_ours_in_the_table(tmp_path):
     def row(name: str, median: float) -> dict:
-        return {"row": name, "micro_batch": 2, "checkpointing": "no", "median_s": median, "p10_s": median,
-                "p90_s": 2 * median, "images_per_s": 8 / median, "first_step_s": 9.0, "peak_reserved_mib": 2048.0}
+        return {
+            "row": name,
+            "micro_batch": 2,
+            "checkpointing": "no",
+            "median_s": median,
+            "p10_s": median,
+            "p90_s": 2 * median,
+            "images_per_s": 8 / median,
+            "first_step_s": 9.0,
+            "peak_reserved_mib": 2048.0,
+        }
 
     rows = [row(name, median) for name, median in (("a", 0.5), ("b", 1.0), ("c:b2", 0.75), ("c:b8", 0.6))]
     rows.append({"row": "d", "skipped": "needs the package datasets"})
-    result = {"device": "Some GPU", "model": "sd15", "resolution": 512, "precision": "fp16", "steps": 100, "rows": rows,
-              "versions": {"torch": "2", "diffusers": "1"}, "date": "2026-01-01", "commit": "abc"}
+    result = {
+        "device": "Some GPU",
+        "model": "sd15",
+        "resolution": 512,
+        "precision": "fp16",
+        "steps": 100,
+        "rows": rows,
+        "versions": {"torch": "2", "diffusers": "1"},
+        "date": "2026-01-01",
+        "commit": "abc",
+    }
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result), encoding="utf-8")
 
     table = bench_training.results_table([path])
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]}
     assert {name: cells[name][-2] for name in ("a", "b", "c:b2", "c:b8")} == {
-        "a": "1.00", "b": "2.00", "c:b2": "1.50", "c:b8": "**1.20**"}  # fmt: skip
+        "a": "1.00",
+        "b": "2.00",
+        "c:b2": "1.50",
+        "c:b8": "**1.20**",
+    }
     assert "500.0 (500.0 to 1000.0)" in cells["a"] and "2.00 GiB" in cells["a"]
     assert "needs the package datasets" in cells["d"]
     assert len({line.count("|") for line in table.splitlines()[2:]}) == 1
 
     assert [(found["against"], found["times_as_fast"]) for found in bench_training.ratios(rows)] == [
-        ("b", 2.0), ("c:b8", pytest.approx(1.2))]
+        ("b", 2.0),
+        ("c:b8", pytest.approx(1.2)),
+    ]
 
 
-@pytest.mark.parametrize("words", [
-    ["--rows", "a,e"], ["--rows", "c"], ["--rows", "a,a"], ["--rows", "b:b2"], ["--model", "sdxl"], ["--steps", "0"],
-    ["--resolution", "100"], ["--table", "no_such_file.json"], ["--speed"],
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--rows", "a,e"],
+        ["--rows", "c"],
+        ["--rows", "a,a"],
+        ["--rows", "b:b2"],
+        ["--model", "sdxl"],
+        ["--steps", "0"],
+        ["--resolution", "100"],
+        ["--table", "no_such_file.json"],
+        ["--speed"],
+    ],
+)
 def test_bad_input_ends_with_one_line_and_code_2(words, capsys):
     with pytest.raises(SystemExit) as end:
         bench_training.parse_arguments(["--device", "cpu", *words])
@@ -183,8 +222,12 @@ def test_bad_input_ends_with_one_line_and_code_2(words, capsys):
 @pytest.mark.long
 def test_all_that_a_gpu_is_asked_for_also_runs_small_on_a_cpu(tmp_path):
     small = {"MODEL": "demo", "RESOLUTION": "64", "ROWS": "a,c:b8", "STEPS": "2", "WARMUP": "1", "EPOCHS": "1"}
-    run = subprocess.run(["bash", ROOT / "bench" / "run_gpu.sh"], capture_output=True, text=True,
-                         env=os.environ | small | {"OUT": str(tmp_path), "PYTHON": sys.executable})
+    run = subprocess.run(
+        ["bash", ROOT / "bench" / "run_gpu.sh"],
+        capture_output=True,
+        text=True,
+        env=os.environ | small | {"OUT": str(tmp_path), "PYTHON": sys.executable},
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     (bench,) = tmp_path.glob("*-demo-64.json")
     assert [row["row"] for row in json.loads(bench.read_text())["rows"] if "median_s" in row] == ["a", "c:b8"]

@@ -18,8 +18,11 @@ from PIL import Image, ImageOps
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 import dataset as dataset_module
-from base_model import find_tokenizer, load_text_encoder, load_vae
-from dataset import InputError, MangaFaceDataset, encode_faces, encode_texts, folder_identity, load_image
+from dataset import MangaFaceDataset, load_image
+from training import encoding
+from training.base_model import find_tokenizer, load_text_encoder, load_vae
+from training.encoding import encode_faces, encode_texts, folder_identity
+from training.files import InputError
 
 CPU = torch.device("cpu")
 COMMON = "manga style, clean lineart, expressive face"
@@ -65,12 +68,14 @@ def raw_weights_by_hand(captions: list[list[str]]) -> np.ndarray:
     return np.array([np.mean([idf[word] for word in some]) for some in words])
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.5, 2.0), (0.05, 50.0), (0.9, 1.1), (0.98, 3.0), (0.2, 1.02), (1.0, 9.0),
-                                           (0.3, 1.0), (1e-9, 1e300)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.5, 2.0), (0.05, 50.0), (0.9, 1.1), (0.98, 3.0), (0.2, 1.02), (1.0, 9.0), (0.3, 1.0), (1e-9, 1e300)],
+)
 def test_weights_are_clipped_mean_idf_of_distinct_terms_with_mean_one(manga, monkeypatch, low, high):
     monkeypatch.setattr(manga, "weight_min", low)
     monkeypatch.setattr(manga, "weight_max", high)
-    raw = raw_weights_by_hand([manga.samples[index].captions for index in manga.train])
+    raw = raw_weights_by_hand([manga.faces[index].captions for index in manga.train])
     weights = manga._calculate_sample_weights()
     assert weights.dtype == np.float64
     assert abs(weights.mean() - 1) < 1e-9
@@ -128,8 +133,10 @@ def test_the_weight_acts_once(manga):
     """sampling: on the order alone; loss: on the loss alone; off: nowhere."""
     everybody = list(range(len(manga)))
     for weighting, order_is_weighted, loss_is_weighted in (
-        ("sampling", True, False), ("loss", False, True), ("off", False, False),
-    ):  # fmt: skip
+        ("sampling", True, False),
+        ("loss", False, True),
+        ("off", False, False),
+    ):
         faces = MangaFaceDataset(manga.dataset_dir, manga.json_file, 8, weighting)
         drawn = sorted(faces.epoch_order(3).tolist())
         assert (drawn != everybody) == order_is_weighted, weighting
@@ -203,7 +210,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(manga):
 
 def test_the_hold_out_follows_content_and_not_names_or_order(tmp_path, demo_captions):
     faces = make_faces(tmp_path, demo_captions[:60])
-    held_out = {faces.samples[index].sha256 for index in faces.validation}
+    held_out = {faces.faces[index].sha256 for index in faces.validation}
     entries = json.loads(faces.json_file.read_text())[::-1]
     for entry in entries:
         new_name = f"z{hash(entry['image_name']) % 1000:03d}_{entry['image_name']}"
@@ -211,13 +218,23 @@ def test_the_hold_out_follows_content_and_not_names_or_order(tmp_path, demo_capt
         entry["image_name"] = new_name
     faces.json_file.write_text(json.dumps(entries))
     renamed = MangaFaceDataset(tmp_path, faces.json_file, 8, seed=5, num_workers=0)
-    assert {renamed.samples[index].sha256 for index in renamed.validation} == held_out
+    assert {renamed.faces[index].sha256 for index in renamed.validation} == held_out
     assert len(held_out) == 6
 
 
-@pytest.mark.parametrize(("faces", "share", "expected"), [
-    (7, 0.1, 0), (8, 0.1, 4), (20, 0.1, 4), (60, 0.1, 6), (60, 0.5, 30), (60, 0, 0), (1, 0.5, 0), (20, 1e-9, 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("faces", "share", "expected"),
+    [
+        (7, 0.1, 0),
+        (8, 0.1, 4),
+        (20, 0.1, 4),
+        (60, 0.1, 6),
+        (60, 0.5, 30),
+        (60, 0, 0),
+        (1, 0.5, 0),
+        (20, 1e-9, 4),
+    ],
+)
 def test_the_hold_out_has_at_least_four_faces_or_none(tmp_path, faces, share, expected):
     split = make_faces(tmp_path, [COMMON] * faces, validation_share=share)
     assert len(split.validation) == expected
@@ -229,21 +246,19 @@ def test_the_hold_out_has_at_least_four_faces_or_none(tmp_path, faces, share, ex
 def test_copies_of_a_file_never_stand_on_both_sides(tmp_path, copies):
     for rank in range(6):  # of the original's hash: among the last held out, the first trained on, and around
         faces = make_faces(tmp_path / str(rank), [COMMON] * (20 + copies))
-        by_hash = sorted(faces.samples[:20], key=lambda sample: sample.sha256)
+        by_hash = sorted(faces.faces[:20], key=lambda sample: sample.sha256)
         original = by_hash[rank].path.read_bytes()
         for number in range(20, 20 + copies):
             (faces.dataset_dir / f"face{number:03d}.png").write_bytes(original)
         faces = MangaFaceDataset(faces.dataset_dir, faces.json_file, 8)
-        sides = [{faces.samples[index].sha256 for index in side} for side in (faces.train, faces.validation)]
+        sides = [{faces.faces[index].sha256 for index in side} for side in (faces.train, faces.validation)]
         assert not sides[0] & sides[1]
         assert len(faces.train) >= len(faces.validation)
         alike = next(line for line in faces.report().splitlines() if line.startswith("Nearly the same picture"))
         assert alike.count(" = ") == min(copies, 4) and ("more" in alike) == (copies > 3)
 
 
-def test_resized_compressed_and_mirrored_pictures_stay_on_one_side_and_different_faces_are_not_taken_for_alike(
-    demo_faces, tmp_path
-):
+def test_resized_compressed_and_mirrored_pictures_stay_on_one_side_others_do_not(demo_faces, tmp_path):
     shutil.copytree(demo_faces, tmp_path / "faces")
     file = tmp_path / "faces" / "modified_face_250.json"
     entries = json.loads(file.read_text(encoding="utf-8"))
@@ -260,7 +275,7 @@ def test_resized_compressed_and_mirrored_pictures_stay_on_one_side_and_different
         expected.append({name, f"{name}-small", f"{name}-mirrored"})
     file.write_text(json.dumps(entries), encoding="utf-8")
     faces = MangaFaceDataset(tmp_path / "faces", file, 64)
-    names = [{faces.samples[index].name for index in group} for group in faces.alike]
+    names = [{faces.faces[index].name for index in group} for group in faces.alike]
     assert sorted(names, key=sorted) == sorted(expected, key=sorted)
     held_out = set(faces.validation)
     assert held_out and all(held_out.isdisjoint(group) or held_out.issuperset(group) for group in faces.alike)
@@ -268,15 +283,15 @@ def test_resized_compressed_and_mirrored_pictures_stay_on_one_side_and_different
 
 
 def test_mean_idf_hardly_draws_the_demo_s_rare_attributes_more_often(manga):
-    for word in ("beard", "flowers", "freckles"):  # README: 1.05 to 1.08 times
-        has = [any(word in caption for caption in manga.samples[index].captions) for index in manga.train]
+    for word in ("beard", "flowers", "freckles"):  # docs/how_it_works.md: 1.05 to 1.08 times
+        has = [any(word in caption for caption in manga.faces[index].captions) for index in manga.train]
         assert 1.0 < manga.weights[has].mean() < 1.15, word
 
 
 def test_one_picture_many_times_over_is_never_the_hold_out(tmp_path):
     for number in range(4):  # whichever of the hashes comes first
         faces = make_faces(tmp_path / str(number), [COMMON] * 40)
-        with Image.open(faces.samples[number].path) as opened:
+        with Image.open(faces.faces[number].path) as opened:
             picture = opened.convert("RGB")
         for copy in range(10, 40):
             changed = picture.copy()
@@ -291,7 +306,7 @@ def test_one_picture_many_times_over_is_never_the_hold_out(tmp_path):
 def test_pictures_without_contrast_are_not_all_taken_for_one(tmp_path):
     faces = make_faces(tmp_path, [COMMON] * 30)
     rng = np.random.default_rng(0)
-    for sample in faces.samples:
+    for sample in faces.faces:
         grey = Image.fromarray(rng.integers(90, 130, (4, 4), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
         grey.convert("RGB").save(sample.path)
     assert not MangaFaceDataset(faces.dataset_dir, faces.json_file, 8).alike
@@ -306,8 +321,8 @@ def test_a_picture_that_memory_does_not_suffice_for_is_not_taken_for_a_bad_one(t
 
 def test_a_cache_that_loses_what_was_just_encoded_is_named(tmp_path, monkeypatch):
     faces = make_faces(tmp_path / "faces", [COMMON] * 3)
-    monkeypatch.setattr(dataset_module, "encode_image", lambda *_: (torch.zeros(4, 1, 1), torch.ones(4, 1, 1)))
-    monkeypatch.setattr(dataset_module, "_write_entry", lambda *_: None)
+    monkeypatch.setattr(encoding, "encode_image", lambda *_: (torch.zeros(4, 1, 1), torch.ones(4, 1, 1)))
+    monkeypatch.setattr(encoding, "_write_entry", lambda *_: None)
     with pytest.raises(InputError, match="leave cache_dir alone"):
         encode_faces(faces, tmp_path / "cache", "vae", lambda: None)
 
@@ -358,21 +373,51 @@ MODES = {  # name: (file name, image, options of save, expected, levels)
     "RGB bmp": ("a.bmp", Image.fromarray(COLOUR), {}, COLOUR, 0),
     "RGB webp": ("a.WebP", Image.fromarray(COLOUR), {"lossless": True}, COLOUR, 0),
     "RGBA": ("a.png", Image.fromarray(np.dstack([COLOUR, ALPHA])), {}, on_white(COLOUR, ALPHA), 1),
-    "RGBA webp": ("a.webp", Image.fromarray(np.dstack([COLOUR, ALPHA])), {"lossless": True, "exact": True},
-                  on_white(COLOUR, ALPHA), 1),
-    "LA": ("a.png", Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)]), {},
-           on_white(three(GREY), ALPHA), 1),
-    "P transparent index": ("a.png", indexed(), {"transparency": 2},
-                            on_white(PALETTE[INDEX], np.where(INDEX == 2, 0, 255)), 0),
-    "P alpha table": ("a.png", indexed(), {"transparency": bytes([255, 128, 0, 30])},
-                      on_white(PALETTE[INDEX], np.array([255, 128, 0, 30])[INDEX]), 1),
-    "L transparent grey": ("a.png", Image.fromarray(GREY), {"transparency": int(GREY[2, 3])},
-                           three(np.where(GREY[2, 3] == GREY, 255, GREY)), 0),
+    "RGBA webp": (
+        "a.webp",
+        Image.fromarray(np.dstack([COLOUR, ALPHA])),
+        {"lossless": True, "exact": True},
+        on_white(COLOUR, ALPHA),
+        1,
+    ),
+    "LA": (
+        "a.png",
+        Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)]),
+        {},
+        on_white(three(GREY), ALPHA),
+        1,
+    ),
+    "P transparent index": (
+        "a.png",
+        indexed(),
+        {"transparency": 2},
+        on_white(PALETTE[INDEX], np.where(INDEX == 2, 0, 255)),
+        0,
+    ),
+    "P alpha table": (
+        "a.png",
+        indexed(),
+        {"transparency": bytes([255, 128, 0, 30])},
+        on_white(PALETTE[INDEX], np.array([255, 128, 0, 30])[INDEX]),
+        1,
+    ),
+    "L transparent grey": (
+        "a.png",
+        Image.fromarray(GREY),
+        {"transparency": int(GREY[2, 3])},
+        three(np.where(GREY[2, 3] == GREY, 255, GREY)),
+        0,
+    ),
     "I;16": ("a.png", Image.fromarray(SIXTEEN), {}, three((SIXTEEN / 65535 * 255).round()), 0),
-    "CMYK": ("a.jpg", Image.new("CMYK", (16, 16), (30, 200, 90, 40)), {"quality": 100},
-             np.full((16, 16, 3), [(255 - c) * (255 - 40) / 255 for c in (30, 200, 90)]), 2),
+    "CMYK": (
+        "a.jpg",
+        Image.new("CMYK", (16, 16), (30, 200, 90, 40)),
+        {"quality": 100},
+        np.full((16, 16, 3), [(255 - c) * (255 - 40) / 255 for c in (30, 200, 90)]),
+        2,
+    ),
     "L jpeg": ("a.JPEG", Image.new("L", (16, 16), 77), {"quality": 100}, np.full((16, 16, 3), 77), 1),
-}  # fmt: skip
+}
 
 
 @SEEN
@@ -412,7 +457,7 @@ def test_exif_orientation_comes_before_the_centre_square(tmp_path, orientation, 
     check_pixels(path, upright[top : top + 8, left : left + 8].astype(float), 20 if suffix == "jpg" else 0)
     (tmp_path / "captions.json").write_text('[{"image_name": "a", "captions": ["x"]}]')
     faces = MangaFaceDataset(tmp_path, tmp_path / "captions.json", 8)
-    assert faces.samples[0].size == upright.shape[1::-1]  # the size in the report is the upright one
+    assert faces.faces[0].size == upright.shape[1::-1]  # the size in the report is the upright one
 
 
 @SEEN
@@ -456,7 +501,7 @@ def test_the_centre_square_is_resized_by_lanczos(tmp_path, width, height, target
 
 def test_dataset_items_are_the_training_faces(manga):
     item = manga[3]
-    sample = manga.samples[manga.train[3]]
+    sample = manga.faces[manga.train[3]]
     assert torch.equal(item["pixel_values"], load_image(sample.path, 8))
     assert item["captions"] == sample.texts and item["weight"] == manga.weights[3]
 
@@ -466,25 +511,34 @@ def test_dataset_items_are_the_training_faces(manga):
 
 def test_texts_are_the_captions_and_their_join_and_the_empty_text_comes_first(tmp_path):
     faces = make_faces(tmp_path, [["Long hair. ", "smile,", "  "], "scar", ["scar"], ["scar", "hat"]])
-    assert [sample.texts for sample in faces.samples] == [
-        ("Long hair.", "smile,", "Long hair, smile"), ("scar",), ("scar",), ("scar", "hat", "scar, hat"),
-    ]  # fmt: skip
+    assert [sample.texts for sample in faces.faces] == [
+        ("Long hair.", "smile,", "Long hair, smile"),
+        ("scar",),
+        ("scar",),
+        ("scar", "hat", "scar, hat"),
+    ]
     assert faces.texts == ["", "Long hair.", "smile,", "Long hair, smile", "scar", "hat", "scar, hat"]
-    for sample, indices in zip(faces.samples, faces.text_indices, strict=True):
+    for sample, indices in zip(faces.faces, faces.text_indices, strict=True):
         assert tuple(faces.texts[index] for index in indices) == sample.texts
 
 
 def test_entries_of_one_image_are_merged_and_a_bom_is_no_error(tmp_path):
     make_faces(tmp_path, [COMMON, COMMON])
-    text = json.dumps([
-        {"image_name": "face000", "captions": ["one"]}, {"image_name": "face001", "captions": ["日本語"]},
-        {"image_name": "face000", "captions": ["two"]}, {"image_name": "face000.png", "captions": ["three"]},
-    ], ensure_ascii=False)  # fmt: skip
+    text = json.dumps(
+        [
+            {"image_name": "face000", "captions": ["one"]},
+            {"image_name": "face001", "captions": ["日本語"]},
+            {"image_name": "face000", "captions": ["two"]},
+            {"image_name": "face000.png", "captions": ["three"]},
+        ],
+        ensure_ascii=False,
+    )
     (tmp_path / "captions.json").write_text(text, encoding="utf-8-sig")
     faces = MangaFaceDataset(tmp_path, tmp_path / "captions.json", 8)
-    assert [(sample.name, sample.captions) for sample in faces.samples] == [
-        ("face000", ("one", "two", "three")), ("face001", ("日本語",)),
-    ]  # fmt: skip
+    assert [(sample.name, sample.captions) for sample in faces.faces] == [
+        ("face000", ("one", "two", "three")),
+        ("face001", ("日本語",)),
+    ]
 
 
 def test_names_may_carry_a_suffix_or_a_subfolder(tmp_path):
@@ -494,7 +548,7 @@ def test_names_may_carry_a_suffix_or_a_subfolder(tmp_path):
     names = ["face000.png", "side/v1.2", "./side/v1.2.JPG"]
     (tmp_path / "captions.json").write_text(json.dumps([{"image_name": name, "captions": ["x"]} for name in names]))
     faces = MangaFaceDataset(tmp_path, tmp_path / "captions.json", 8)
-    found = [sample.path.relative_to(tmp_path).as_posix() for sample in faces.samples]
+    found = [sample.path.relative_to(tmp_path).as_posix() for sample in faces.faces]
     assert found == ["face000.png", "side/v1.2.JPG"]
 
 
@@ -529,7 +583,7 @@ def test_unusable_files_are_skipped_counted_and_named(tmp_path):
     entries[8]["captions"] = [" ", ""]
     (tmp_path / "captions.json").write_text(json.dumps([*entries, {"image_name": "x" * 300 + "/y", "captions": ["x"]}]))
     faces = MangaFaceDataset(tmp_path, tmp_path / "captions.json", 8)
-    assert [sample.name for sample in faces.samples] == ["face000"]
+    assert [sample.name for sample in faces.faces] == ["face000"]
     report = faces.report()
     assert "1 usable" in report and "Skipped: 9" in report
     for number in range(1, 9):
@@ -550,7 +604,7 @@ def test_an_image_on_which_the_decoder_trips_is_skipped_too(tmp_path, monkeypatc
 
     monkeypatch.setattr(dataset_module.ImageOps, "exif_transpose", trip)
     faces = MangaFaceDataset(tmp_path, faces.json_file, 8)
-    assert len(faces.samples) == 4
+    assert len(faces.faces) == 4
     assert faces.skipped == ["face002.png: required argument is not an integer"]
 
 
@@ -621,7 +675,7 @@ def test_cached_latents_equal_the_vae_and_nothing_unchanged_is_encoded_again(tmp
     assert encoded == 6
     vae = load_vae(tiny_base, CPU)
     with torch.no_grad():
-        for index, sample in enumerate(few.samples):
+        for index, sample in enumerate(few.faces):
             posterior = vae.encode(load_image(sample.path, 16)[None]).latent_dist
             assert torch.equal(mean[index], posterior.mean[0] * vae.config.scaling_factor)
             assert torch.equal(std[index], posterior.std[0] * vae.config.scaling_factor)
@@ -639,9 +693,9 @@ def test_exactly_what_changed_is_encoded_again(tmp_path, few, tiny_base):
     cache, identity = tmp_path / "cache", folder_identity(tiny_base / "vae")
     before = encode_and_count(few, cache, identity, tiny_base)[0]
 
-    pixels = np.array(Image.open(few.samples[2].path))
+    pixels = np.array(Image.open(few.faces[2].path))
     pixels[4, 4, 0] ^= 128  # one pixel of one face
-    Image.fromarray(pixels).save(few.samples[2].path)
+    Image.fromarray(pixels).save(few.faces[2].path)
     changed = MangaFaceDataset(few.dataset_dir, few.json_file, 16)
     mean, _, encoded = encode_and_count(changed, cache, identity, tiny_base)
     assert encoded == 1
@@ -677,10 +731,14 @@ def test_a_damaged_entry_is_encoded_again(tmp_path, few, tiny_base, damage):
         safetensors.torch.save_file(tensors, file)
     else:
         whole = file.read_bytes()
-        file.write_bytes({
-            "torn": whole[:-9], "empty": b"", "garbage": b"\xff" * len(whole),
-            "one bit": whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:],
-        }[damage])  # fmt: skip
+        file.write_bytes(
+            {
+                "torn": whole[:-9],
+                "empty": b"",
+                "garbage": b"\xff" * len(whole),
+                "one bit": whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:],
+            }[damage]
+        )
     again = encode_and_count(few, cache, "vae", tiny_base)
     assert again[2] == 1
     assert torch.equal(again[0], mean) and torch.equal(again[1], std)
@@ -705,8 +763,10 @@ def test_two_processes_share_the_faces_and_get_the_same_latents_as_one(tmp_path,
     barrier, loaders = threading.Barrier(2, timeout=60), [Counting(tiny_base), Counting(tiny_base)]
     models = [loader() for loader in loaders]  # not in the threads: diffusers patches torch globally while it loads
     with ThreadPoolExecutor(2) as pool:
-        work = [pool.submit(encode_faces, few, tmp_path / "two", "vae", lambda model=model: model,
-                            (rank, 2, barrier.wait)) for rank, model in enumerate(models)]  # fmt: skip
+        work = [
+            pool.submit(encode_faces, few, tmp_path / "two", "vae", lambda model=model: model, (rank, 2, barrier.wait))
+            for rank, model in enumerate(models)
+        ]
         for result in [some.result() for some in work]:
             assert torch.equal(result[0], alone[0]) and torch.equal(result[1], alone[1])
     assert [loader.encoded for loader in loaders] == [3, 3]

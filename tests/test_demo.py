@@ -1,6 +1,6 @@
 """The README's commands, shrunk, as a stranger would run them: the demo offline, and on two processes.
 
-    python -m pytest tests/test_demo.py
+python -m pytest tests/test_demo.py
 """
 
 import csv
@@ -16,10 +16,21 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
-import evaluate_lora
+from evaluation.measures import LINE_ART
 
-SHRUNK = ["--demo", "--num_train_epochs", "1", "--train_batch_size", "8", "--sample_steps", "2", "--samples_per_prompt",
-          "1", "--sample_every_n_epochs", "1"]  # fmt: skip
+SHRUNK = [
+    "--demo",
+    "--num_train_epochs",
+    "1",
+    "--train_batch_size",
+    "8",
+    "--sample_steps",
+    "2",
+    "--samples_per_prompt",
+    "1",
+    "--sample_every_n_epochs",
+    "1",
+]
 NO_NETWORK = """
 import socket
 real_connect, real_lookup = socket.socket.connect, socket.getaddrinfo
@@ -106,8 +117,11 @@ def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment,
     start = time.monotonic()
     printed = command([str(ROOT / "train_manga_lora.py"), "--demo"], environment, tmp_path)
     assert time.monotonic() - start < 8 * 60
-    measured = {line[:28].strip(): [float(x) for x in line[28:].replace("to", "").split()]
-                for line in printed.splitlines() if line.startswith(tuple(evaluate_lora.LINE_ART))}
+    measured = {
+        line[:28].strip(): [float(x) for x in line[28:].replace("to", "").split()]
+        for line in printed.splitlines()
+        if line.startswith(tuple(LINE_ART))
+    }
     base, lora, _, _, _ = measured["colourfulness"]
     assert base >= 20 and lora <= base / 4
     _, lora, _, low, high = measured["ink share"]
@@ -117,7 +131,7 @@ def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment,
     assert summary["score_lora"] >= summary["score_base"] + 1.5
     scores = json.loads((tmp_path / "demo_output" / "scores.json").read_text())
     assert scores["lora"]["copies"] == [] and scores["lora"]["diversity"]["value"] >= 0.5
-    last = printed[printed.index("Validation loss 0.0"):]
+    last = printed[printed.index("Validation loss 0.0") :]
     assert "converged after" in last and "Quality score" in last and "Best epoch: " in last
     report = json.loads((ROOT / "demo" / "base" / "training.json").read_text())
     assert report["held_out_loss"]["colour_lorelei"] <= 0.08

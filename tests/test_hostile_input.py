@@ -19,6 +19,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -31,10 +32,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_bad_input import GOOD, check_captions_refused, check_refused, exit_of, flags, run, snapshot
 
-import checkpoint
 import evaluate_lora
-from dataset import IMAGE_FORMATS, MAX_CAPTION_BYTES, InputError, MangaFaceDataset, encode_faces
+from dataset import IMAGE_FORMATS, MAX_CAPTION_BYTES, MangaFaceDataset
 from lora_layers import inject_lora, load_lora_weights, lora_modules, save_lora_weights
+from training.base_model import BaseModelError, load_unet, load_vae
+from training.encoding import encode_faces
+from training.files import InputError, write_atomic
 
 NAMES = pytest.mark.promise("An image_name that leads out of the data set is refused by name, and nothing outside read")
 CAPTIONS = pytest.mark.promise("A caption file, whatever is in it, is read or refused in one line, never a traceback")
@@ -91,19 +94,83 @@ def test_the_malicious_pickle_would_run_if_it_were_trusted(tmp_path, monkeypatch
 # Names -----------------------------------------------------------------------------------------------------------
 
 LEADING_OUT = [
-    "../secret", "../faces_secret/secret", "../faces/face0", "..", ".", "./", "...", "side/..", "side/../face0",
-    "a/../../secret", ".. /secret", ". ./secret", "side/.../secret", "/etc/passwd", "//server/share/face0",
-    "///secret", "C:face0", "c:/faces/face0", "C:\\faces\\face0", "\\\\server\\share\\face0", "\\\\?\\C:\\face0",
-    "\\secret", "side\\face0", "..\\secret", "face0\0", "face0\0.png", "../secret\0.png", "face\n0", "\x1b[2Jface0",
-    "face0\r", "face0\x7f", "face\x850", "link_out", "link_out.png", "link_of_link", "linked/secret",
-    "linked/deep/secret", "linked/nothing", "prefix/secret", "system/passwd", "../" * 60 + "etc/passwd",
-]  # fmt: skip
+    "../secret",
+    "../faces_secret/secret",
+    "../faces/face0",
+    "..",
+    ".",
+    "./",
+    "...",
+    "side/..",
+    "side/../face0",
+    "a/../../secret",
+    ".. /secret",
+    ". ./secret",
+    "side/.../secret",
+    "/etc/passwd",
+    "//server/share/face0",
+    "///secret",
+    "C:face0",
+    "c:/faces/face0",
+    "C:\\faces\\face0",
+    "\\\\server\\share\\face0",
+    "\\\\?\\C:\\face0",
+    "\\secret",
+    "side\\face0",
+    "..\\secret",
+    "face0\0",
+    "face0\0.png",
+    "../secret\0.png",
+    "face\n0",
+    "\x1b[2Jface0",
+    "face0\r",
+    "face0\x7f",
+    "face\x850",
+    "link_out",
+    "link_out.png",
+    "link_of_link",
+    "linked/secret",
+    "linked/deep/secret",
+    "linked/nothing",
+    "prefix/secret",
+    "system/passwd",
+    "../" * 60 + "etc/passwd",
+]
 NOT_THERE = [
-    "CON", "nul", "nul.png", "AUX.jpg", "COM1", "LPT9.webp", "CONIN$", "face0:stream", "face0.png::$DATA", "face0.",
-    "face0 ", " face0", "FACE0", "Face0.png", "~/face0", "$HOME/face0", "%HOME%/face0", "%2e%2e/secret", "*", "face?",
-    "[f]ace0", "file:///etc/passwd", "face0.gif", "modified_face_250.json", "pipe", "loop", "folder",
-    "\uff0e\uff0e/secret", "face0\u202egnp.", "-rf", "x" * 300, "x" * 300 + "/face0", "x/" * 3000 + "face0",
-]  # fmt: skip
+    "CON",
+    "nul",
+    "nul.png",
+    "AUX.jpg",
+    "COM1",
+    "LPT9.webp",
+    "CONIN$",
+    "face0:stream",
+    "face0.png::$DATA",
+    "face0.",
+    "face0 ",
+    " face0",
+    "FACE0",
+    "Face0.png",
+    "~/face0",
+    "$HOME/face0",
+    "%HOME%/face0",
+    "%2e%2e/secret",
+    "*",
+    "face?",
+    "[f]ace0",
+    "file:///etc/passwd",
+    "face0.gif",
+    "modified_face_250.json",
+    "pipe",
+    "loop",
+    "folder",
+    "\uff0e\uff0e/secret",
+    "face0\u202egnp.",
+    "-rf",
+    "x" * 300,
+    "x" * 300 + "/face0",
+    "x/" * 3000 + "face0",
+]
 
 
 @pytest.fixture
@@ -117,9 +184,14 @@ def traps(place) -> Path:
     (faces / "folder.png").mkdir()
     Image.new("L", (8, 8)).save(faces / "face0.gif")
     os.mkfifo(faces / "pipe.png")  # opened, it would wait for ever
-    for link, target in (("link_out.png", place / "secret.png"), ("link_of_link.png", "link_out.png"),
-                         ("linked", place / "outside"), ("prefix", "../faces_secret"), ("system", "/etc"),
-                         ("loop.png", "loop.png")):  # fmt: skip
+    for link, target in (
+        ("link_out.png", place / "secret.png"),
+        ("link_of_link.png", "link_out.png"),
+        ("linked", place / "outside"),
+        ("prefix", "../faces_secret"),
+        ("system", "/etc"),
+        ("loop.png", "loop.png"),
+    ):
         (faces / link).symlink_to(target)
     return place
 
@@ -194,7 +266,7 @@ ODD_CAPTIONS = {  # content, words of the message
     "a comment": (b"// faces\n[]", ["line 1", "// faces"]),
     "a pickle": (pickle.dumps([GOOD]), ["UTF-8"]),
     "a picture": (b"\x89PNG\r\n\x1a\n", ["UTF-8"]),
-}  # fmt: skip
+}
 
 
 @CAPTIONS
@@ -229,11 +301,16 @@ mild = st.fixed_dictionaries(
 )
 written = st.builds(
     lambda content, ascii_only, encoding: json.dumps(content, ensure_ascii=ascii_only).encode(encoding, "ignore"),
-    st.lists(mild, min_size=1, max_size=4) | st.lists(entries | mild | junk, max_size=4) | junk, st.booleans(),
+    st.lists(mild, min_size=1, max_size=4) | st.lists(entries | mild | junk, max_size=4) | junk,
+    st.booleans(),
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1"]),
-)  # fmt: skip
-cut = st.builds(lambda content, at, more: content[:at] + more + content[at:], written, st.integers(0, 300),
-                st.binary(max_size=4) | st.sampled_from([b'"', b"{", b"]", b",", b"\\ud83d", b"NaN"]))  # fmt: skip
+)
+cut = st.builds(
+    lambda content, at, more: content[:at] + more + content[at:],
+    written,
+    st.integers(0, 300),
+    st.binary(max_size=4) | st.sampled_from([b'"', b"{", b"]", b",", b"\\ud83d", b"NaN"]),
+)
 
 
 @CAPTIONS
@@ -242,8 +319,7 @@ def test_no_caption_file_whatsoever_is_a_traceback(script, small_faces, tmp_path
     monkeypatch.chdir(tmp_path)
     outcomes = {0: 0, 2: 0}
 
-    @settings(max_examples=300, deadline=None, derandomize=True, database=None,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(written | cut | st.binary())
     def check(content):
         (tmp_path / "faces" / "modified_face_250.json").write_bytes(content)
@@ -302,22 +378,38 @@ BOMBS = {  # content, a word of the reason
     "BMP of negative width": (bmp(-40, 40), "pixels"),
 }
 OTHER_FORMATS = {
-    "text": b"not a picture", "HTML": b"<html><img src=x></html>", "JSON": b"[]", "nothing": b"", "one byte": b"\x89",
-    "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>', "PSD": b"8BPS\0\1" + b"\0" * 60, "a pickle": pickle.dumps([]),
+    "text": b"not a picture",
+    "HTML": b"<html><img src=x></html>",
+    "JSON": b"[]",
+    "nothing": b"",
+    "one byte": b"\x89",
+    "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "PSD": b"8BPS\0\1" + b"\0" * 60,
+    "a pickle": pickle.dumps([]),
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(executed) (w) file closefile\n",
-    "PDF": b"%PDF-1.7\n", "FITS": b"SIMPLE  =                    T" + b" " * 2880,
+    "PDF": b"%PDF-1.7\n",
+    "FITS": b"SIMPLE  =                    T" + b" " * 2880,
     "WMF": b"\xd7\xcd\xc6\x9a" + b"\0" * 40,
-    "a zip": b"PK\3\4" + b"\0" * 60, "a program": b"\x7fELF" + b"\0" * 60,
-} | {kind: encoded("RGB", kind) for kind in ("AVIF", "DDS", "GIF", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "QOI",
-                                             "SGI", "TGA", "TIFF")}  # fmt: skip
+    "a zip": b"PK\3\4" + b"\0" * 60,
+    "a program": b"\x7fELF" + b"\0" * 60,
+} | {
+    kind: encoded("RGB", kind)
+    for kind in ("AVIF", "DDS", "GIF", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI", "TGA", "TIFF")
+}
 OTHER_FORMATS |= {f"TIFF of mode {mode}": encoded(mode, "TIFF") for mode in ("I", "F", "YCbCr", "LAB", "CMYK")}
 OTHER_FORMATS["animated GIF"] = encoded("RGB", "GIF", save_all=True)
 WHOLE = {
-    "png": encoded("RGB", "PNG"), "apng": encoded("RGB", "PNG", save_all=True), "grey.png": encoded("L", "PNG"),
-    "jpg": encoded("RGB", "JPEG"), "progressive.jpg": encoded("RGB", "JPEG", progressive=True),
-    "cmyk.jpg": encoded("CMYK", "JPEG"), "webp": encoded("RGB", "WEBP"), "bmp": encoded("RGB", "BMP"),
-    "lossless.webp": encoded("RGBA", "WEBP", lossless=True), "moving.webp": encoded("RGB", "WEBP", save_all=True),
-}  # fmt: skip
+    "png": encoded("RGB", "PNG"),
+    "apng": encoded("RGB", "PNG", save_all=True),
+    "grey.png": encoded("L", "PNG"),
+    "jpg": encoded("RGB", "JPEG"),
+    "progressive.jpg": encoded("RGB", "JPEG", progressive=True),
+    "cmyk.jpg": encoded("CMYK", "JPEG"),
+    "webp": encoded("RGB", "WEBP"),
+    "bmp": encoded("RGB", "BMP"),
+    "lossless.webp": encoded("RGBA", "WEBP", lossless=True),
+    "moving.webp": encoded("RGB", "WEBP", save_all=True),
+}
 
 
 @pytest.fixture
@@ -341,7 +433,7 @@ def check_skipped(script, place: Path, content: bytes, suffix: str, *words: str)
     check_refused(script, place, flags(place, "nowhere"), "no usable face", "1 skipped", f"bad{suffix}: ", *words)
     (place / "faces" / "modified_face_250.json").write_text(json.dumps([bad, GOOD]))
     faces = MangaFaceDataset("faces", "faces/modified_face_250.json", 8)
-    assert [sample.name for sample in faces.samples] == ["face0"] and len(faces.skipped) == 1
+    assert [sample.name for sample in faces.faces] == ["face0"] and len(faces.skipped) == 1
 
 
 @PICTURES
@@ -368,17 +460,31 @@ def test_a_picture_cut_off_at_each_tenth_is_skipped_by_name(script, place, only_
         check_skipped(script, place, whole[: first * tenth // 10], f".{suffix}")
     record_property("cases", 10)
     (place / "faces" / f"bad.{suffix}").write_bytes(whole)
-    assert len(MangaFaceDataset("faces", "faces/modified_face_250.json", 8).samples) == 2
+    assert len(MangaFaceDataset("faces", "faces/modified_face_250.json", 8).faces) == 2
 
 
 # Bases, LoRA files, cache ----------------------------------------------------------------------------------------
 
-CONFIGS = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json",
-           "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"]  # fmt: skip
-WEIGHTS = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-           "text_encoder/model.safetensors"]  # fmt: skip
-CONTENTS = {"nothing": b"", "a list": b"[]", "binary": b"\xff\x80" * 50, "deep nesting": b"[" * 100_000,
-            "a pickle": pickle.dumps(Malicious())}  # fmt: skip
+CONFIGS = [
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/tokenizer.json",
+    "scheduler/scheduler_config.json",
+]
+WEIGHTS = [
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+]
+CONTENTS = {
+    "nothing": b"",
+    "a list": b"[]",
+    "binary": b"\xff\x80" * 50,
+    "deep nesting": b"[" * 100_000,
+    "a pickle": pickle.dumps(Malicious()),
+}
 
 
 def spoil(path: Path, damage: str) -> None:
@@ -398,18 +504,36 @@ def spoil(path: Path, damage: str) -> None:
     else:
         tensors = load_file(path)
         name = sorted(tensors)[3]
-        tensors |= {name: {"a weight not finite": tensors[name] / 0, "a weight of another shape": torch.ones(3, 5),
-                           "a weight missing": None}[damage]}  # fmt: skip
+        tensors |= {
+            name: {
+                "a weight not finite": tensors[name] / 0,
+                "a weight of another shape": torch.ones(3, 5),
+                "a weight missing": None,
+            }[damage]
+        }
         save_file({key: value for key, value in tensors.items() if value is not None}, path, {"format": "pt"})
 
 
 BASE_DAMAGE = (
     [(file, damage) for file in CONFIGS for damage in [*CONTENTS, "torn"]]
     + [(file, "texts for numbers") for file in CONFIGS if not file.endswith("tokenizer.json")]
-    + [(file, damage) for file in WEIGHTS for damage in [
-        "nothing", "binary", "a pickle", "torn", "a weight missing", "a weight not finite", "a weight of another shape",
-        "pickle torch.save", "pickle 2", "pickle 4"]]
-)  # fmt: skip
+    + [
+        (file, damage)
+        for file in WEIGHTS
+        for damage in [
+            "nothing",
+            "binary",
+            "a pickle",
+            "torn",
+            "a weight missing",
+            "a weight not finite",
+            "a weight of another shape",
+            "pickle torch.save",
+            "pickle 2",
+            "pickle 4",
+        ]
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -448,7 +572,7 @@ def test_custom_code_in_a_base_is_never_imported(script, place, tiny_base):
     constants = json.loads((place / "out" / "config.json").read_text())["constants"]
     device, faces = torch.device("cpu"), MangaFaceDataset("faces", "faces/modified_face_250.json", 64)
     constants |= {"sample_prompts": ["a face"], "samples_per_prompt": 1, "sample_steps": 1}
-    evaluate_lora.Evaluation(constants, faces, place / "base", device)
+    evaluate_lora.Evaluation(script.TrainingConfig(**constants), faces, place / "base", device)
     assert not (place / "executed").exists()
 
 
@@ -456,11 +580,12 @@ def test_custom_code_in_a_base_is_never_imported(script, place, tiny_base):
 def evaluation(small_faces, tiny_base, tmp_path_factory, script):
     """(an evaluation of the tiny base, a good LoRA file for it)."""
     folder = tmp_path_factory.mktemp("evaluation")
-    config = script.TrainingConfig(cache_dir=str(folder), sample_prompts=("a face",), samples_per_prompt=1,
-                                   sample_steps=1, resolution=64)  # fmt: skip
+    config = script.TrainingConfig(
+        cache_dir=str(folder), sample_prompts=("a face",), samples_per_prompt=1, sample_steps=1, resolution=64
+    )
     faces = MangaFaceDataset(small_faces, small_faces / "modified_face_250.json", 64)
-    built = evaluate_lora.Evaluation(dataclasses.asdict(config), faces, tiny_base, torch.device("cpu"))
-    unet, _ = script.load_unet(tiny_base, torch.device("cpu"), torch.float32)
+    built = evaluate_lora.Evaluation(config, faces, tiny_base, torch.device("cpu"))
+    unet, _ = load_unet(tiny_base, torch.device("cpu"), torch.float32)
     inject_lora(unet, 4, 4)
     return built, save_lora_weights(unet, folder / "good.safetensors")
 
@@ -479,7 +604,7 @@ def test_a_hostile_lora_file_is_refused_by_name_and_not_run(script, place, evalu
     with pytest.raises(InputError, match=r"pytorch_lora_weights\.safetensors.* train it again") as refused:
         built.judge(file)
     assert len(str(refused.value).splitlines()) == 1
-    unet, _ = script.load_unet(tiny_base, torch.device("cpu"), torch.float32)
+    unet, _ = load_unet(tiny_base, torch.device("cpu"), torch.float32)
     shutil.copy(file, place / "pytorch_lora_weights.bin")
     if not damage.startswith("a weight"):
         with pytest.raises(ValueError, match=r"pytorch_lora_weights\.bin"):
@@ -495,8 +620,9 @@ def finished(script, place, evaluation, tiny_base) -> Path:
     """A folder that evaluate_lora.py takes for a finished training."""
     (place / "out").mkdir()
     shutil.copy(evaluation[1], place / "out" / "pytorch_lora_weights.safetensors")
-    config = script.parse_arguments([*flags(place, tiny_base), "--sample_prompts", "a face", "--samples_per_prompt",
-                                     "1", "--sample_steps", "1"])  # fmt: skip
+    config = script.parse_arguments(
+        [*flags(place, tiny_base), "--sample_prompts", "a face", "--samples_per_prompt", "1", "--sample_steps", "1"]
+    )
     data = MangaFaceDataset(config.dataset_dir, config.json_file, config.resolution).fingerprint
     content = {"constants": dataclasses.asdict(config), "data": data, "base": str(tiny_base)}
     (place / "out" / "config.json").write_text(json.dumps(content))
@@ -544,7 +670,7 @@ def test_a_hostile_run_folder_is_refused_by_evaluation(place, finished, damage):
     change(content)
     file.write_text(json.dumps(content))
     if damage == "a base that is none":
-        with pytest.raises(evaluate_lora.BaseModelError, match="no diffusers folder"):
+        with pytest.raises(BaseModelError, match="no diffusers folder"):
             evaluate_lora.main(["--lora", "out"])
     else:
         check_evaluation_refused(place, *words)
@@ -563,7 +689,7 @@ def test_evaluation_never_reads_the_bin(place, finished, capsys):
 @pytest.mark.parametrize("content", [*CONTENTS, "torch.save", "2", "4"])
 def test_a_hostile_cache_file_is_neither_run_nor_used(script, place, tiny_base, content):
     faces = MangaFaceDataset("faces", "faces/modified_face_250.json", 64)
-    load = lambda: script.load_vae(tiny_base, torch.device("cpu"))  # noqa: E731
+    load = lambda: load_vae(tiny_base, torch.device("cpu"))  # noqa: E731
     mean, std = encode_faces(faces, "cache", "vae", load)
     files = sorted((place / "cache").rglob("*.safetensors"))
     before = [file.read_bytes() for file in files]
@@ -645,14 +771,36 @@ def locked_down(tmp_path_factory, shared_faces, tiny_base):
     clean |= {name: str(folder / "home") for name in ("HOME", "USERPROFILE")}
     clean |= {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     clean |= {"PYTHONIOENCODING": "ascii"}  # a console that lacks the characters of a face's name
-    train = flags(folder, tiny_base, "--sample_prompts", "a face", "--samples_per_prompt", "1", "--sample_steps", "1",
-                  "--lora_rank", "4", "--sample_every_n_epochs", "1", "--num_train_epochs", "2",
-                  "--keep_checkpoints", "1")  # fmt: skip
+    train = flags(
+        folder,
+        tiny_base,
+        "--sample_prompts",
+        "a face",
+        "--samples_per_prompt",
+        "1",
+        "--sample_steps",
+        "1",
+        "--lora_rank",
+        "4",
+        "--sample_every_n_epochs",
+        "1",
+        "--num_train_epochs",
+        "2",
+        "--keep_checkpoints",
+        "1",
+    )
     train[train.index("--dataset_dir") + 1] = str(shared_faces)
+    train[train.index("--json_file") + 1] = str(shared_faces / "modified_face_250.json")
     scripts = [[str(ROOT / "train_manga_lora.py"), *train], [str(ROOT / "evaluate_lora.py"), "--lora", "out"]]
     report = folder / "report.json"
-    done = subprocess.run([sys.executable, "-B", "-c", WATCHDOG, json.dumps(scripts), str(report)], env=clean,
-                          cwd=folder / "work", capture_output=True, encoding="utf-8", timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", WATCHDOG, json.dumps(scripts), str(report)],
+        env=clean,
+        cwd=folder / "work",
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder, json.loads(report.read_text()) | {"out": done.stdout}
 
@@ -700,14 +848,14 @@ def test_a_rename_that_windows_refuses_for_a_moment_is_tried_again(tmp_path, mon
             raise left.pop()
         real(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", refusing)
-    monkeypatch.setattr(checkpoint.time, "sleep", waited.append)
+    monkeypatch.setattr(os, "replace", refusing)
+    monkeypatch.setattr(time, "sleep", waited.append)
     if refusals <= 5:
-        checkpoint.write_whole(tmp_path / "a", b"new")
+        write_atomic(tmp_path / "a", b"new")
         assert (tmp_path / "a").read_bytes() == b"new"
     else:
         with pytest.raises(PermissionError):
-            checkpoint.write_whole(tmp_path / "a", b"new")
+            write_atomic(tmp_path / "a", b"new")
         assert list(tmp_path.iterdir()) == []
     assert len(waited) == min(refusals, 5) and sum(waited) < 2
 
@@ -722,8 +870,12 @@ def calls(path: Path):
 @WINDOWS
 def test_every_file_is_renamed_by_the_patient_function_and_none_linked():
     for path in MODULES:
-        found = [name for name, _ in calls(path) if name in ("os.rename", "os.replace", "os.link", "os.symlink")
-                 or name.endswith((".symlink_to", ".hardlink_to", ".rename"))]  # fmt: skip
+        found = [
+            name
+            for name, _ in calls(path)
+            if name in ("os.rename", "os.replace", "os.link", "os.symlink")
+            or name.endswith((".symlink_to", ".hardlink_to", ".rename"))
+        ]
         assert found == (["os.replace"] * 2 if path.name == "checkpoint.py" else []), path
 
 
@@ -747,7 +899,8 @@ def test_every_text_is_utf_8_whatever_the_system_prefers(path):
 def test_a_spawned_process_that_imports_a_module_again_starts_nothing(path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(path), "--no_such_flag"])
     real = builtins.open
-    monkeypatch.setattr(builtins, "open", lambda file, mode="r", *rest, **more: real(file, "r" if "w" in mode else mode,
-                                                                                     *rest, **more))  # fmt: skip
+    monkeypatch.setattr(
+        builtins, "open", lambda file, mode="r", *rest, **more: real(file, "r" if "w" in mode else mode, *rest, **more)
+    )
     runpy.run_path(str(path), run_name="__mp_main__")  # as the start method "spawn" does
     assert capsys.readouterr() == ("", "")

@@ -1,7 +1,7 @@
 """lora_layers.py against diffusers, PEFT and the formula. CPU, offline, tiny random weights."""
 
-import copy
 import math
+import os
 import pickle
 import sys
 import types
@@ -10,18 +10,25 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from conftest import (
+    ENDS,
+    assert_same_tensors,
+    base_weights,
+    gradients_of,
+    output,
+    randomise,
+    with_lora,
+)
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
-import lora_layers
 from lora_layers import (
     GradientPenalty,
     LoRAAttnProcessor,
     LoRALinearLayer,
     LoRASelfCheckError,
     flatten_lora,
-    fuse_lora,
     inject_lora,
     load_lora_weights,
     lora_modules,
@@ -31,100 +38,6 @@ from lora_layers import (
     save_lora_weights,
     unmerge_lora,
 )
-
-# Stable Diffusion 1.5's UNet; the tiny one has its block structure at toy widths
-SD15_CONFIG = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-}
-TINY_CONFIG = (
-    SD15_CONFIG
-    | {
-        "sample_size": 16,  # 2 x 2 at the mid block: attention to a lone token gives q and k no gradient
-        "block_out_channels": (8, 16, 24, 24),
-        "cross_attention_dim": 16,
-        "attention_head_dim": 4,
-        "norm_num_groups": 8,
-    }
-)
-ENDS = ("lora_down.weight", "lora_up.weight", "alpha")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Toy tensors: two threads on cores that others use too spend seconds waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def pristine_unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(**TINY_CONFIG).eval()
-
-
-@pytest.fixture
-def unet(pristine_unet):
-    return copy.deepcopy(pristine_unet)
-
-
-@pytest.fixture(scope="session")
-def batch():
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(2, 4, 16, 16, generator=generator)
-    return latents, torch.tensor([3, 700]), torch.randn(2, 5, 16, generator=generator)
-
-
-@pytest.fixture(scope="session")
-def sd15_unet():
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15_CONFIG)
-    inject_lora(unet, rank=16, network_alpha=32)
-    return unet
-
-
-def randomise(unet, seed=2, size=0.3):
-    """Up weights as after a training, large enough to be seen in the output."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_modules(unet).values():
-            layer.up_weight.copy_(size * torch.randn(layer.up_weight.shape, generator=generator))
-    return unet
-
-
-def with_lora(pristine_unet, rank=4, alpha=8, **randomised):
-    torch.manual_seed(5)
-    unet = copy.deepcopy(pristine_unet)
-    inject_lora(unet, rank, alpha)
-    return randomise(unet, **randomised)
-
-
-def output(unet, batch):
-    with torch.no_grad():
-        return unet(*batch).sample
-
-
-def base_weights(unet):
-    lora = {id(p) for p in lora_parameters(unet)}
-    return {name: p.detach().clone() for name, p in unet.named_parameters() if id(p) not in lora}
-
-
-def assert_same_tensors(first, second):
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-# the layer
 
 
 def test_layer_is_the_formula_in_float64():
@@ -307,180 +220,16 @@ def test_processor_does_with_every_option_what_diffusers_does(
     torch.testing.assert_close(attn(x, **inputs), expected, rtol=0, atol=1e-5 if use_xformers else 0)
 
     # and with LoRA, what diffusers does with the sums as weights
-    for layer in (processor.to_q_lora, processor.to_k_lora, processor.to_v_lora, processor.to_out_lora):
+    for layer in processor.lora.values():
         nn.init.normal_(layer.up_weight)
     adapted = attn(x, **inputs)
-    for linear, layer in (
-        (attn.to_q, processor.to_q_lora),
-        (attn.to_k, processor.to_k_lora),
-        (attn.to_v, processor.to_v_lora),
-        (attn.to_out[0], processor.to_out_lora),
-    ):
-        linear.weight.data += 1.5 * layer.up_weight.data @ layer.down_weight.data
+    linears = {"q": attn.to_q, "k": attn.to_k, "v": attn.to_v, "out": attn.to_out[0]}
+    assert processor.lora.keys() == linears.keys()
+    for name, layer in processor.lora.items():
+        linears[name].weight.data += 1.5 * layer.up_weight.data @ layer.down_weight.data
     attn.set_processor(AttnProcessor2_0())
     torch.testing.assert_close(adapted, attn(x, **inputs), rtol=1e-4, atol=1e-4)
     assert (adapted - expected).abs().max() > 0.1
-
-
-# the fused projections
-
-
-def gradients_of(unet, batch, scale=1024.0):
-    """The loss is scaled, for fp16 has no numbers small enough for its gradients."""
-    for weight in lora_parameters(unet):
-        weight.grad = None
-    latents, timesteps, text = batch
-    sample = unet(latents.to(unet.dtype), timesteps, text.to(unet.dtype)).sample
-    (scale * sample.to(torch.promote_types(sample.dtype, torch.float32)).square().mean()).backward()
-    return [weight.grad for weight in lora_parameters(unet)]
-
-
-def cosine(a, b):
-    return torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
-
-
-@pytest.mark.parametrize(
-    "dtype, least",
-    [(torch.float64, 1 - 1e-14), (torch.float32, 0.999999), (torch.float16, 0.999), (torch.bfloat16, 0.99)],
-)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_fused_projections_give_the_gradients_of_the_plain_ones_in_every_module(
-    pristine_unet, batch, dtype, least, checkpointing
-):
-    """Cosine to the plain float32 path (to the plain float64 path in float64), module by module."""
-    precise = torch.promote_types(dtype, torch.float32)
-    unet = with_lora(pristine_unet, size=0.05)
-    unet.train()
-    expected = gradients_of(unet.to(precise), batch)
-    names = list(lora_modules(unet))
-    for weight, values in zip(lora_parameters(with_lora(pristine_unet, size=0.05)), lora_parameters(unet), strict=True):
-        assert torch.equal(weight.to(precise), values)
-    fused = with_lora(pristine_unet, size=0.05)
-    fused.to(dtype)
-    if dtype != torch.float64:
-        for processor in fused.attn_processors.values():  # the LoRA stays in float32
-            processor.float()
-        for weight, values in zip(lora_parameters(fused), lora_parameters(unet), strict=True):
-            weight.data.copy_(values)
-    fuse_lora(fused)
-    if checkpointing:
-        fused.enable_gradient_checkpointing()
-    fused.train()
-    gradients = gradients_of(fused, batch)
-    assert {gradient.dtype for gradient in gradients} == {precise}
-    for number, (a, b) in enumerate(zip(expected, gradients, strict=True)):
-        assert cosine(a, b) >= least, (names[number // 2], cosine(a, b))
-        assert b.norm() == pytest.approx(a.norm().item(), rel=0.2 if dtype == torch.bfloat16 else 0.02)
-
-
-@pytest.mark.parametrize("dtype, least", [(torch.float16, 0.99999), (torch.bfloat16, 0.9999)])
-def test_every_fused_projection_in_half_precision_has_the_gradients_of_the_plain_one_in_float32(
-    pristine_unet, dtype, least
-):
-    """Cosines of dx, dA and dB for one input and dy, so that no rounding but the projection's own is seen."""
-    plain, fused = with_lora(pristine_unet), with_lora(copy.deepcopy(pristine_unet).to(dtype))
-    fuse_lora(fused)
-    lora_layers._refresh(fused, None)  # as the UNet's call does
-    generator = torch.Generator().manual_seed(3)
-    for name in plain.attn_processors:
-        pair = [unet.get_submodule(name.removesuffix(".processor")) for unet in (plain, fused)]
-        for letters in pair[1].processor.fused:
-            linears = [pair[0].processor.layers(pair[0])[letter][0] for letter in letters]
-            x = torch.randn(2, 64, linears[0].in_features, generator=generator)
-            gradients = [torch.randn(2, 64, linear.out_features, generator=generator) for linear in linears]
-            found = []
-            for attn in pair:
-                given = x.clone().to(attn.to_q.weight.dtype).requires_grad_()
-                outputs = attn.processor.project(attn, letters, given)
-                torch.autograd.backward(outputs, [gradient.to(given.dtype) for gradient in gradients])
-                loras = [attn.processor.layers(attn)[letter][1] for letter in letters]
-                found.append([given.grad, *(w.grad for lora in loras for w in (lora.down_weight, lora.up_weight))])
-            assert min(map(cosine, *found)) >= least, (name, letters)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fused_projections_are_no_farther_from_float32_than_the_plain_ones_in_the_same_precision(
-    pristine_unet, batch, dtype
-):
-    """Over a whole UNet bf16's 8 bits add up: the worst module's cosine is 0.991 with the plain formula, too."""
-    expected = gradients_of(with_lora(pristine_unet, size=0.05), batch)
-    distances = []
-    for fuse in (lambda unet: None, fuse_lora):
-        unet = with_lora(copy.deepcopy(pristine_unet).to(dtype), size=0.05)
-        fuse(unet)
-        cosines = list(map(cosine, expected, gradients_of(unet, batch)))
-        distances.append(1 - sum(cosines) / len(cosines))
-    plain, fused = distances
-    assert fused <= 1.2 * plain, (fused, plain)
-
-
-def test_fused_projections_take_far_fewer_operations(pristine_unet, batch):
-    from torch.profiler import profile
-
-    counts = []
-    for fused in (False, True):
-        unet = with_lora(pristine_unet)
-        if fused:
-            fuse_lora(unet)
-        with profile() as profiled:
-            gradients_of(unet, batch)
-        products = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
-        counts.append(sum(event.count for event in profiled.key_averages() if event.key in products))
-    assert counts[1] < 0.7 * counts[0], counts
-
-
-def test_fused_weights_are_those_of_the_moment_also_in_a_copy(pristine_unet, batch):
-    unet = with_lora(pristine_unet)
-    fuse_lora(unet)
-    twin = copy.deepcopy(unet)
-    for model, seed in ((unet, 7), (twin, 8)):
-        randomise(model, seed)
-        torch.testing.assert_close(output(model, batch), output(with_lora(pristine_unet, seed=seed), batch))
-    assert (output(unet, batch) - output(twin, batch)).abs().max() > 0.01
-
-
-def test_fused_unet_falls_back_where_its_operands_do_not_fit(pristine_unet, batch):
-    """After unet.to(...), under autocast, or if a self-attention is given a text."""
-    latents, timesteps, text = batch
-    for change in (lambda unet: unet.double(), lambda unet: unet):
-        plain, fused = with_lora(pristine_unet), with_lora(pristine_unet)
-        fuse_lora(fused)
-        change(plain), change(fused)
-        given = (latents.to(plain.dtype), timesteps, text.to(plain.dtype))
-        torch.testing.assert_close(output(fused, given), output(plain, given))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(output(fused, batch), output(plain, batch))
-    attn = plain.mid_block.attentions[0].transformer_blocks[0].attn1
-    twin = fused.mid_block.attentions[0].transformer_blocks[0].attn1
-    x, states = torch.randn(1, 4, 24), torch.randn(1, 6, 24)
-    # its output projection stays fused, and rounds as the CPU's matrix product does
-    torch.testing.assert_close(twin(x, encoder_hidden_states=states), attn(x, encoder_hidden_states=states))
-
-
-def test_fusing_merging_and_saving_go_together(pristine_unet, batch, tmp_path):
-    plain, fused = with_lora(pristine_unet), with_lora(pristine_unet)
-    before = base_weights(fused)
-    fuse_lora(fused)
-    assert_same_tensors(base_weights(fused), before)
-    expected = output(plain, batch)
-    paths = [save_lora_weights(unet, tmp_path / f"{i}.safetensors") for i, unet in enumerate((plain, fused))]
-    assert_same_tensors(*(safetensors.torch.load_file(path) for path in paths))
-    merge_lora(fused)
-    torch.testing.assert_close(output(fused, batch), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="merged"):
-        fuse_lora(fused)
-    unmerge_lora(fused)
-    assert_same_tensors(base_weights(fused), before)
-    torch.testing.assert_close(output(fused, batch), expected)
-
-
-def test_a_weight_changed_between_forward_and_backward_is_an_error_not_a_wrong_gradient(pristine_unet, batch):
-    unet = with_lora(pristine_unet)
-    fuse_lora(unet)
-    loss = unet(*batch).sample.square().mean()
-    randomise(unet, seed=9)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 def test_flat_weights_are_the_layers_own_memory(pristine_unet, batch):
@@ -557,9 +306,7 @@ def test_output_and_gradients_equal_pefts(pristine_unet, unet, batch):
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets), unet)
     theirs = {
-        "lora_unet_" + path.replace(".", "_"): [
-            part["default"].weight for part in (module.lora_A, module.lora_B)
-        ]
+        "lora_unet_" + path.replace(".", "_"): [part["default"].weight for part in (module.lora_A, module.lora_B)]
         for path, module in unet.named_modules()
         if hasattr(module, "lora_A")
     }
@@ -603,7 +350,7 @@ def test_merging_into_bf16_is_summed_in_fp32_and_restored(unet):
     randomise(unet)
     before = base_weights(unet)
     attn = unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    layer = attn.processor.to_out_lora
+    layer = attn.processor.lora["out"]
     expected = (attn.to_out[0].weight.float() + 2 * layer.up_weight @ layer.down_weight).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         merge_lora(unet)
@@ -708,9 +455,7 @@ def test_a_file_that_reads_back_differently_is_refused_and_the_old_one_stays(
     unet = with_lora(pristine_unet)
     path = save_lora_weights(unet, tmp_path / f"a{suffix}")
     old = path.read_bytes()
-    other = save_lora_weights(
-        with_lora(pristine_unet, seed=3), tmp_path / "other" / f"a{suffix}"
-    ).read_bytes()
+    other = save_lora_weights(with_lora(pristine_unet, seed=3), tmp_path / "other" / f"a{suffix}").read_bytes()
 
     def damaging_fsync(descriptor):
         (temporary,) = tmp_path.glob(".*.tmp")
@@ -725,19 +470,15 @@ def test_a_file_that_reads_back_differently_is_refused_and_the_old_one_stays(
         temporary.write_bytes(content)
 
     randomise(unet, seed=4)
-    monkeypatch.setattr(lora_layers.os, "fsync", damaging_fsync)
+    monkeypatch.setattr(os, "fsync", damaging_fsync)
     with pytest.raises(LoRASelfCheckError, match="read back"):
         save_lora_weights(unet, path)
     assert path.read_bytes() == old
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"a{suffix}", "other"]
 
 
-@pytest.mark.parametrize(
-    "value, dtype", [(math.nan, torch.float32), (math.inf, torch.float32), (7e4, torch.float16)]
-)
-def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_left(
-    pristine_unet, tmp_path, value, dtype
-):
+@pytest.mark.parametrize("value, dtype", [(math.nan, torch.float32), (math.inf, torch.float32), (7e4, torch.float16)])
+def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_left(pristine_unet, tmp_path, value, dtype):
     unet = with_lora(pristine_unet)
     name, layer = list(lora_modules(unet).items())[50]
     with torch.no_grad():

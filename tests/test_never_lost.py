@@ -36,11 +36,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import dataset
-import denoising
-import evaluate_lora
 import train_manga_lora as trainer
+from evaluation import best_epoch, pictures, summary
+from lora_layers import lora_modules
+from training import checkpoint, denoising, encoding, files, memory, model
+from training import folder as folder_module
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA can't be forked")
 STEPS = 8  # 2 epochs of 4 steps of 2 passes of 2 images
@@ -51,9 +52,9 @@ PLACES = {"lora_bin", "lora_safetensors", "output_dir", "cache_dir"}
 @pytest.fixture(scope="module", autouse=True)
 def two_passes_per_step_and_no_collections():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "free_memory", lambda device: None)  # a fifth of a second each
-        for module in (trainer, denoising):  # the latter for the script that the command line starts
-            patch.setattr(module, "choose_plan", lambda plans, _: next(p for p in plans if p.micro_batch == 2))
+        for module in (encoding, pictures, summary):
+            patch.setattr(module, "free_memory", lambda device: None)  # a fifth of a second each
+        patch.setattr(memory, "choose_plan", lambda plans, _: next(p for p in plans if p.micro_batch == 2))
         yield
 
 
@@ -65,18 +66,36 @@ def plain(tmp_path_factory, tiny_base, shared_faces):
     shutil.rmtree(base / "unet")
     torch.manual_seed(0)
     UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).save_pretrained(base / "unet")
     faces = Path(shutil.copytree(shared_faces, place / "faces"))
     for file in faces.glob("*.png"):
         Image.open(file).resize((64, 64)).save(file)
     return trainer.TrainingConfig(
-        dataset_dir=str(faces), json_file=str(faces / "modified_face_250.json"), output_dir=str(place / "undisturbed"),
-        pretrained_model=str(base), cache_dir=str(place / "cache"), resolution=64, num_train_epochs=2,
-        train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, lora_rank=4, lora_alpha=8,
-        caption_dropout=0.3, sample_every_n_epochs=1, sample_prompts=(), sample_steps=1, samples_per_prompt=1,
+        dataset_dir=str(faces),
+        json_file=str(faces / "modified_face_250.json"),
+        output_dir=str(place / "undisturbed"),
+        pretrained_model=str(base),
+        cache_dir=str(place / "cache"),
+        resolution=64,
+        num_train_epochs=2,
+        train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        lora_rank=4,
+        lora_alpha=8,
+        caption_dropout=0.3,
+        sample_every_n_epochs=1,
+        sample_prompts=(),
+        sample_steps=1,
+        samples_per_prompt=1,
         num_workers=0,
     )
 
@@ -105,15 +124,14 @@ def config(plain, tmp_path):
 
 
 def spy_on_draws(patch) -> list:
-    """What every step draws from now on: (step, images, captions, timesteps)."""
-    drawn, original = [], trainer.draw_window
+    """What every step draws from now on: (faces, texts, timesteps)."""
+    drawn, original = [], trainer.train_step
 
-    def spy(data, positions, seed, step, *rest):
-        window = original(data, positions, seed, step, *rest)
-        drawn.append((step, window.faces.tolist(), window.texts.tolist(), window.timesteps.tolist()))
-        return window
+    def spy(model, encoded, batch, *rest):
+        drawn.append((batch.faces.tolist(), batch.texts.tolist(), batch.timesteps.tolist()))
+        return original(model, encoded, batch, *rest)
 
-    patch.setattr(trainer, "draw_window", spy)
+    patch.setattr(trainer, "train_step", spy)
     return drawn
 
 
@@ -172,7 +190,7 @@ def interrupted(config, module, name, call, number=signal.SIGTERM) -> str:
     """Run until module.name is called for the call-th time; a signal arrives then. Returns the last line."""
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, module, name, call, lambda: send(number))
-        with pytest.raises(trainer.Interrupted) as stop:
+        with pytest.raises(files.Interrupted) as stop:
             trainer.main(config)
     assert stop.value.exit_code == 128 + number and "to go on: " in str(stop.value)
     assert not list(Path(config.output_dir).glob(".*"))
@@ -181,14 +199,19 @@ def interrupted(config, module, name, call, number=signal.SIGTERM) -> str:
 
 # Interrupted, resumed --------------------------------------------------------------------------------------------
 
-# Where the signal arrives: (what is called, the how manieth time), and the step after which the run is saved.
+# Where the signal arrives: (what is called, which call of it), and the step after which the run is saved.
 POINTS = {
-    "in step 1": (trainer, "accumulate_gradients", 1, 1),
-    "between two passes of step 2": (denoising, "denoising_losses", 4 + 4, 2),  # 4 are the first validation's
-    "in mid-epoch": (trainer, "accumulate_gradients", 3, 3),
-    "in an epoch's last step": (trainer, "accumulate_gradients", 4, 4),
-    "in the first of the next": (trainer, "accumulate_gradients", 5, 5),
-    "in the last step": (trainer, "accumulate_gradients", 8, 8),
+    "in step 1": (trainer, "train_step", 1, 1),
+    "between two passes of step 2": (
+        denoising,
+        "denoising_losses",
+        2 + 4 + 4,
+        2,
+    ),  # 2 are the rehearsal's, 4 the first validation's
+    "in mid-epoch": (trainer, "train_step", 3, 3),
+    "in an epoch's last step": (trainer, "train_step", 4, 4),
+    "in the first of the next": (trainer, "train_step", 5, 5),
+    "in the last step": (trainer, "train_step", 8, 8),
 }
 
 
@@ -203,7 +226,7 @@ def test_an_interrupted_run_draws_the_rest_alone_and_ends_with_the_same_files(
     assert f"saved after step {step} of {STEPS}" in interrupted(config, module, name, call)
     if resumes == 2 and step < STEPS:
         step += 1
-        assert f"saved after step {step} of" in interrupted(config, trainer, "accumulate_gradients", 1, signal.SIGINT)
+        assert f"saved after step {step} of" in interrupted(config, trainer, "train_step", 1, signal.SIGINT)
     elif resumes == 2:  # no step is left, but the epoch's end
         assert f"saved after step {step} of" in interrupted(config, trainer, "validate", 1, signal.SIGINT)
     assert len(drawn) == step
@@ -215,8 +238,10 @@ def test_an_interrupted_run_draws_the_rest_alone_and_ends_with_the_same_files(
 def test_a_resumed_run_that_draws_anew_would_be_noticed(config, undisturbed, monkeypatch):
     """Negative control of the test above."""
     interrupted(config, *POINTS["in mid-epoch"][:3])
-    original = trainer.draw_window
-    monkeypatch.setattr(trainer, "draw_window", lambda d, p, seed, step, *rest: original(d, p, seed, step - 3, *rest))
+    original = trainer.draw_batch
+    monkeypatch.setattr(
+        trainer, "draw_batch", lambda d, p, seed, step, *rest: original(d, p, seed, max(0, step - 3), *rest)
+    )
     trainer.main(config)
     with pytest.raises(AssertionError):
         check_same(config.output_dir, undisturbed[0])
@@ -227,14 +252,14 @@ def test_a_resumed_run_that_draws_anew_would_be_noticed(config, undisturbed, mon
 # Every other phase. Saved: after which step, None if there is nothing yet, or all has been saved before.
 PHASES = {
     "reading faces": (dataset, "_upright_rgb", 3, None),
-    "encoding faces": (dataset, "encode_image", 3, None),
-    "encoding texts": (dataset, "encode_text", 1, None),
+    "encoding faces": (encoding, "encode_image", 3, None),
+    "encoding texts": (encoding, "encode_text", 1, None),
     "the first validation": (trainer, "validate", 1, 0),
-    "a validation": (denoising, "seeded", 4 + 4 + 2, 4),  # in its second face
-    "keeping a candidate": (trainer, "save_epoch", 1, 4),
-    "a checkpoint": (trainer, "save_checkpoint", 1, 5),  # whole first, and then one step more
-    "the last export": (trainer, "save_epoch", 3, None),
-    "choosing the best": (trainer, "pick_best", 1, None),
+    "a validation": (denoising, "seeded", 1 + 4 + 4 + 2, 4),  # in its second face
+    "keeping a candidate": (best_epoch, "save_epoch", 1, 4),
+    "a checkpoint": (checkpoint, "save_checkpoint", 1, 4),  # whole first
+    "the last export": (summary, "save_epoch", 1, None),
+    "choosing the best": (summary, "pick_best", 1, None),
 }
 
 
@@ -254,7 +279,7 @@ def test_a_signal_in_any_phase_saves_what_can_be_saved(config, undisturbed, tmp_
 @pytest.mark.parametrize("call", [2, 4])  # the first epoch's own sheet (the base's is there); among the scored ones
 def test_a_signal_while_pictures_are_drawn_acts_at_once_and_they_are_drawn_later(with_pictures, tmp_path, call):
     config = dataclasses.replace(with_pictures[0], output_dir=str(tmp_path / "out"))
-    interrupted(config, evaluate_lora, "draw_pictures", call)
+    interrupted(config, pictures, "draw_pictures", call)
     trainer.main(config)
     check_same(config.output_dir, with_pictures[1])
 
@@ -333,11 +358,12 @@ WRITES_OF_A_SAVE = 26  # the second: with the deletion of the first checkpoint a
 
 
 @pytest.mark.promise("Killed, the same command ends with the same files")
-@pytest.mark.parametrize("write", [pytest.param(n, marks=[] if n == 14 else pytest.mark.long)
-                                   for n in range(1, WRITES_OF_A_SAVE + 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "write", [pytest.param(n, marks=[] if n == 14 else pytest.mark.long) for n in range(1, WRITES_OF_A_SAVE + 1)]
+)
 def test_a_run_killed_at_any_write_of_a_checkpoint_loses_nothing(config, one_checkpoint, write):
     config = dataclasses.replace(config, keep_checkpoints=1)
-    check_killed(config, one_checkpoint, trainer, "save_checkpoint", 2, lambda: kill_me_at_write(write))
+    check_killed(config, one_checkpoint, checkpoint, "save_checkpoint", 2, lambda: kill_me_at_write(write))
 
 
 @pytest.fixture(scope="module")
@@ -347,22 +373,26 @@ def one_checkpoint(plain):
     return everything_in(config.output_dir)
 
 
-# (what is called, the how manieth time, the longest delay in seconds); pictures are drawn in "sample"
+# (what is called, which call of it, the longest delay in seconds); pictures are drawn in "sample"
 INSTANTS = {
-    "encode": (dataset, "encode_image", 1, 0.2),
-    "train": (trainer, "accumulate_gradients", 5, 0.3),
+    "encode": (encoding, "encode_image", 1, 0.2),
+    "train": (trainer, "train_step", 5, 0.3),
     "validate": (trainer, "validate", 3, 0.15),
-    "sample": (evaluate_lora, "draw_pictures", 3, 0.3),
-    "save": (trainer, "save_checkpoint", 2, 0.01),
-    "export": (trainer, "save_epoch", 3, 0.02),
+    "sample": (pictures, "draw_pictures", 3, 0.3),
+    "save": (checkpoint, "save_checkpoint", 2, 0.01),
+    "export": (summary, "save_epoch", 1, 0.02),
 }
 
 
 @pytest.mark.promise("Killed, the same command ends with the same files")
-@pytest.mark.parametrize(("phase", "number"), [
-    pytest.param(phase, n, marks=[] if n == 0 and phase in ("encode", "validate", "sample") else pytest.mark.long)
-    for phase in INSTANTS for n in range(5)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        pytest.param(phase, n, marks=[] if n == 0 and phase in ("encode", "validate", "sample") else pytest.mark.long)
+        for phase in INSTANTS
+        for n in range(5)
+    ],
+)
 def test_a_run_killed_at_a_random_instant_loses_nothing(config, undisturbed, with_pictures, tmp_path, phase, number):
     module, name, call, longest = INSTANTS[phase]
     delay = random.Random(f"{phase} {number}").uniform(0, longest)
@@ -376,33 +406,45 @@ def test_a_run_killed_at_a_random_instant_loses_nothing(config, undisturbed, wit
 
 @pytest.mark.promise("Killed, the same command ends with the same files")
 @pytest.mark.long
-@pytest.mark.parametrize(("since", "write"), [
-    *(("start_folder", n) for n in [*range(1, 13), *range(16, 120, 4)]),  # about 118 from there to the end
-    *(("pick_best", n) for n in range(1, 18)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("since", "write"),
+    [
+        *(("start_folder", n) for n in [*range(1, 13), *range(16, 120, 4)]),  # about 118 from there to the end
+        *(("pick_best", n) for n in range(1, 18)),
+    ],
+)
 def test_a_run_killed_at_any_write_from_start_to_export_loses_nothing(config, undisturbed, since, write):
-    check_killed(config, undisturbed[0], trainer, since, 1, lambda: kill_me_at_write(write))
+    check_killed(
+        config,
+        undisturbed[0],
+        {"start_folder": folder_module, "pick_best": summary}[since],
+        since,
+        1,
+        lambda: kill_me_at_write(write),
+    )
 
 
 @pytest.mark.promise("Killed, the same command ends with the same files")
-@pytest.mark.parametrize("write", [
-    pytest.param(n, marks=[] if n == 4 else pytest.mark.long) for n in (1, 2, 4, 7, 10, 13, 16, 19, 22)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "write", [pytest.param(n, marks=[] if n == 4 else pytest.mark.long) for n in (1, 2, 4, 7, 10, 13, 16, 19, 22)]
+)
 def test_a_run_killed_while_it_overwrites_another_is_started_by_the_same_command(
     config, undisturbed, two_checkpoints, write
 ):
     shutil.copytree(two_checkpoints[1], config.output_dir)
     config = dataclasses.replace(config, overwrite=True)
-    expected = undisturbed[0] | {"config.json": undisturbed[0]["config.json"] | {
-        "constants": undisturbed[0]["config.json"]["constants"] | {"overwrite": True}}}  # fmt: skip
-    check_killed(config, expected, trainer, "start_folder", 1, lambda: kill_me_at_write(write))
+    expected = undisturbed[0] | {
+        "config.json": undisturbed[0]["config.json"]
+        | {"constants": undisturbed[0]["config.json"]["constants"] | {"overwrite": True}}
+    }
+    check_killed(config, expected, folder_module, "start_folder", 1, lambda: kill_me_at_write(write))
 
 
 @pytest.mark.promise("Killed, the same command ends with the same files")
-def test_a_run_interrupted_in_a_validation_and_then_killed_after_it_counts_its_last_step_once(config, undisturbed):
+def test_a_run_interrupted_in_validation_then_killed_counts_its_last_step_once(config, undisturbed):
     """Its row is in metrics.csv already, but not in the checkpoint, which is from before the validation."""
     interrupted(config, trainer, "validate", 2)
-    check_killed(config, undisturbed[0], trainer, "save_checkpoint", 1, lambda: kill_me_at_write(1))
+    check_killed(config, undisturbed[0], checkpoint, "save_checkpoint", 1, lambda: kill_me_at_write(1))
 
 
 def test_a_second_signal_ends_the_run_at_once_and_still_nothing_is_lost(config, undisturbed):
@@ -414,7 +456,7 @@ def test_a_second_signal_ends_the_run_at_once_and_still_nothing_is_lost(config, 
 
     def run():
         with pytest.MonkeyPatch.context() as patch:
-            at_call(patch, trainer, "accumulate_gradients", 6, twice)
+            at_call(patch, trainer, "train_step", 6, twice)
             trainer.main(config)
 
     assert in_a_child(run, seconds=30) == 143
@@ -458,8 +500,11 @@ def test_an_interrupted_run_prints_the_very_command_that_goes_on(config, tmp_pat
         (Path(config.output_dir) / "checkpoints" / "step-000099").mkdir(parents=True)
         (Path(config.output_dir) / "config.json").write_text('{"constants": {}}')
     words = [*flags(config), *["--overwrite"] * overwrite]
-    code = on_the_command_line(words, tmp_path / "log", lambda: at_call(
-        pytest.MonkeyPatch(), denoising, "draw_window", 3, lambda: send(signal.SIGINT)))  # fmt: skip
+    code = on_the_command_line(
+        words,
+        tmp_path / "log",
+        lambda: at_call(pytest.MonkeyPatch(), denoising, "draw_batch", 1 + 3, lambda: send(signal.SIGINT)),
+    )
     last = last_line(tmp_path / "log")
     assert code == 130 and "saved after step 3 of 8" in last
     command = shlex.split(last.split("to go on: ")[1])
@@ -470,8 +515,9 @@ def test_an_interrupted_run_prints_the_very_command_that_goes_on(config, tmp_pat
 
 def test_before_an_overwrite_has_happened_the_command_printed_still_asks_for_it(config, tmp_path):
     words = [*flags(dataclasses.replace(config, cache_dir=str(tmp_path / "cache"))), "--overwrite"]
-    code = on_the_command_line(words, tmp_path / "log", lambda: at_call(
-        pytest.MonkeyPatch(), dataset, "encode_image", 2, send))  # fmt: skip
+    code = on_the_command_line(
+        words, tmp_path / "log", lambda: at_call(pytest.MonkeyPatch(), encoding, "encode_image", 2, send)
+    )
     last = last_line(tmp_path / "log")
     assert code == 143 and last.endswith(shlex.join(["python", *words]))
 
@@ -483,7 +529,7 @@ def test_before_an_overwrite_has_happened_the_command_printed_still_asks_for_it(
 def two_checkpoints(plain):
     """A run interrupted after step 6: (its constants, its folder, with checkpoints 4 and 6). To be copied."""
     config = dataclasses.replace(plain, output_dir=plain.output_dir + "-two")
-    interrupted(config, trainer, "accumulate_gradients", 6)
+    interrupted(config, trainer, "train_step", 6)
     folder = Path(config.output_dir)
     assert [path.name for path in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step-000004", "step-000006"]
     return config, folder
@@ -530,7 +576,7 @@ def rewrite(folder: Path, tensors=None, **changes) -> None:
     (folder / "state.json").write_text(json.dumps(state))
     save_file(tensors or load_file(folder / "state.safetensors"), folder / "state.safetensors")
     names = ("state.json", "state.safetensors")
-    manifest = {name: checkpoint.describe((folder / name).read_bytes()) for name in names}
+    manifest = {name: files.describe((folder / name).read_bytes()) for name in names}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -539,7 +585,7 @@ def rewrite(folder: Path, tensors=None, **changes) -> None:
 def test_a_checkpoint_with_numbers_that_are_not_finite_is_put_aside(two_checkpoints, tmp_path, value):
     folder = Path(shutil.copytree(two_checkpoints[1] / "checkpoints", tmp_path / "copy"))
     tensors = load_file(folder / "step-000006" / "state.safetensors")
-    tensors["exp_avg"][7] = value
+    tensors["optimizer.exp_avg"][7] = value
     rewrite(folder / "step-000006", {name: tensor.clone() for name, tensor in tensors.items()})
     _, state, problems = checkpoint.load_newest_checkpoint(folder)
     assert state["step"] == 4 and "not finite" in problems[0]
@@ -547,14 +593,14 @@ def test_a_checkpoint_with_numbers_that_are_not_finite_is_put_aside(two_checkpoi
 
 @pytest.mark.promise("A damaged checkpoint is put aside for the one before")
 @pytest.mark.parametrize("what", ["another run's", "one byte of the weights", "no manifest"])
-def test_a_run_whose_newest_checkpoint_is_bad_goes_on_from_the_one_before_to_the_same_files(
+def test_a_bad_newest_checkpoint_makes_a_run_go_on_from_the_one_before(
     two_checkpoints, config, undisturbed, plain, what, capsys
 ):
     shutil.copytree(two_checkpoints[1], config.output_dir)
     newest = Path(config.output_dir) / "checkpoints" / "step-000006"
     if what == "another run's":
         other = dataclasses.replace(config, seed=1, output_dir=config.output_dir + "-other")
-        interrupted(other, trainer, "accumulate_gradients", 6)
+        interrupted(other, trainer, "train_step", 6)
         shutil.rmtree(newest)
         shutil.copytree(Path(other.output_dir) / "checkpoints" / "step-000006", newest)
     elif what == "no manifest":
@@ -619,17 +665,18 @@ def test_a_damaged_candidate_is_named_and_never_exported(two_checkpoints, config
     """The lower loss is epoch 1's, whose files are damaged; then both epochs' are."""
     shutil.copytree(two_checkpoints[1], config.output_dir)
     candidates = Path(config.output_dir) / "candidates"
-    monkeypatch.setattr(trainer, "candidate_epochs", lambda history: [epoch for epoch, _, _ in history])
-    monkeypatch.setattr(evaluate_lora, "choose_best", lambda epochs, scored: (epochs[0], "it is the first"))
+    monkeypatch.setattr(best_epoch, "candidate_epochs", lambda history: [e.epoch for e in history if e.epoch])
+    monkeypatch.setattr(best_epoch, "choose_best", lambda epochs, scored: (epochs[0], "it is the first"))
     with monkeypatch.context() as patch:
+
         def damage():
             for file in sorted(candidates.glob("*/pytorch_lora_weights.bin"))[:lost]:
                 file.write_bytes(file.read_bytes()[:-1])
 
-        at_call(patch, trainer, "pick_best", 1, damage)
-        summary = trainer.main(config)
+        at_call(patch, summary, "pick_best", 1, damage)
+        best = trainer.main(config)["best_epoch"]
     assert capsys.readouterr().out.count("is damaged (pytorch_lora_weights.bin is not what was saved)") == lost
-    assert summary["best_epoch"] == 2
+    assert best == 2
     exported = Path(config.output_dir, "pytorch_lora_weights.bin").read_bytes()
     assert exported == Path(config.output_dir, "last", "pytorch_lora_weights.bin").read_bytes()
 
@@ -650,8 +697,8 @@ def test_what_killed_processes_left_is_cleaned_up_and_never_taken_for_a_checkpoi
         (output / f"{name}.{dead}.tmp").write_bytes(b"half")
     (output / f".running-{dead}-1700000000@{os.uname().nodename}").touch()
     cache.mkdir(exist_ok=True)
-    stays = [output / ".notes.tmp", cache / f"1.safetensors.{os.getppid()}.tmp", cache / f"2.safetensors.{dead}.tmp"]
-    goes = cache / f"3.safetensors.{dead}.tmp"
+    stays = [output / ".notes.tmp", cache / f".1.safetensors.{os.getppid()}.tmp", cache / f".2.safetensors.{dead}.tmp"]
+    goes = cache / f".3.safetensors.{dead}.tmp"
     for path in (*stays, goes):
         path.write_bytes(b"half")
     for path in (stays[1], goes):
@@ -692,12 +739,20 @@ def test_a_step_saved_again_is_never_absent(tmp_path, monkeypatch):
 
 def poison(what: str, value: float):
     """(module, function) to wrap, and what to do with its result or arguments, so that `value` turns up in `what`."""
+
+    def poisoned_gradient(result, unet, *_):
+        set_one(next(iter(lora_modules(unet).values())).up_weight.grad, value)
+        return result
+
+    def poisoned_weight(result, _, __, weights, *___):
+        set_one(weights.data, value)
+        return result
+
     if what == "loss":
         return denoising, "denoising_losses", lambda result, *_: result * (value if torch.is_grad_enabled() else 1)
     if what == "gradient":
-        return trainer, "accumulate_gradients", lambda result, unet, *_: set_one(
-            next(iter(trainer.lora_modules(unet).values())).up_weight.grad, value) or result  # fmt: skip
-    return trainer, "clip_and_step", lambda result, _, __, weights, *___: set_one(weights.data, value) or result
+        return model, "accumulate_gradients", poisoned_gradient
+    return trainer, "clip_and_step", poisoned_weight
 
 
 def set_one(tensor: torch.Tensor, value: float) -> None:
@@ -707,14 +762,20 @@ def set_one(tensor: torch.Tensor, value: float) -> None:
 @pytest.mark.promise("Numbers that are not finite stop the run and are never exported")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("what", "step"), [("loss", 6), ("gradient", 6), ("weight", 6), ("weight", 8)])
-def test_a_number_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stands(
+def test_a_number_that_is_not_finite_stops_the_run_and_the_checkpoint_stands(
     config, two_checkpoints, monkeypatch, what, step, value
 ):
     shutil.copytree(two_checkpoints[1], config.output_dir)
     shutil.rmtree(Path(config.output_dir) / "checkpoints" / "step-000006")
     module, name, change = poison(what, value)
     original, now = getattr(module, name), []
-    at_call(monkeypatch, trainer, "draw_window", step - 4, lambda: now.append(1))
+    at_call(
+        monkeypatch,
+        trainer,
+        "draw_batch",
+        1 + step - 4,  # the first is the rehearsal's
+        lambda: now.append(1),
+    )
     monkeypatch.setattr(module, name, lambda *a: change(original(*a), *a) if now else original(*a))
     with pytest.raises(trainer.Stop, match="checkpoint stands") as stop:
         trainer.main(config)
@@ -730,9 +791,10 @@ def test_a_number_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_
 def test_weights_that_are_not_finite_are_not_saved_when_a_signal_comes(config, two_checkpoints, monkeypatch):
     shutil.copytree(two_checkpoints[1], config.output_dir)
     original = trainer.clip_and_step
-    monkeypatch.setattr(trainer, "clip_and_step", lambda o, s, w, n: (
-        original(o, s, w, n), set_one(w.data, math.nan))[0])  # fmt: skip
-    at_call(monkeypatch, trainer, "accumulate_gradients", 1, send)
+    monkeypatch.setattr(
+        trainer, "clip_and_step", lambda o, s, w, n: (original(o, s, w, n), set_one(w.data, math.nan))[0]
+    )
+    at_call(monkeypatch, trainer, "train_step", 1, send)
     with pytest.raises(trainer.Stop, match="the weights are not finite") as stop:
         trainer.main(config)
     assert stop.value.exit_code == 4
@@ -746,7 +808,7 @@ def test_weights_that_are_not_finite_are_not_saved_when_a_signal_comes(config, t
 def test_a_disk_that_is_too_small_is_told_before_step_1_and_nothing_is_written(config, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**24))
-    monkeypatch.setattr(trainer, "accumulate_gradients", lambda *_: pytest.fail("a step was made"))
+    monkeypatch.setattr(trainer, "train_step", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(trainer.Stop, match=r"may take 3\d MiB more .*16 MiB free.*choose another output_dir") as stop:
         trainer.main(config)
     assert stop.value.exit_code == 3 and str(config.output_dir) in str(stop.value)
@@ -759,7 +821,9 @@ def test_the_space_asked_for_is_what_a_run_takes_and_not_twice_that(undisturbed,
     for output, free in ((Path("nowhere"), 0), (Path(plain.output_dir), 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(0, 0, free))
         with pytest.raises(trainer.Stop) as stop:
-            trainer.check_space(output, 3_188_736, trainer.TrainingConfig())
+            folder_module.check_space(
+                output, 3_188_736, trainer.TrainingConfig(num_train_epochs=30, keep_checkpoints=2)
+            )
         asked.append(int(re.search(r"may take (\d+) MiB", str(stop.value))[1]))
     checkpoints, files = 3 * 3 * 4 * 3.188736e6, 32 * 2 * 2 * 3.188736e6
     assert asked[0] == round((checkpoints + files) / 2**20 + 32)
@@ -787,8 +851,7 @@ def test_a_disk_that_fills_up_at_any_write_of_a_save_keeps_the_last_good_checkpo
                     break
             assert everything_in(folder) == before, (name, call)
         shutil.rmtree(folder / "step-000007")
-        shutil.copytree(two_checkpoints[1] / "checkpoints" / "step-000004", folder / "step-000004",
-                        dirs_exist_ok=True)  # fmt: skip
+        shutil.copytree(two_checkpoints[1] / "checkpoints" / "step-000004", folder / "step-000004", dirs_exist_ok=True)
     assert cases >= 3 + 3 + 4 + 1  # three files and the folder
     record_property("cases", cases)
 
@@ -798,17 +861,20 @@ def no_space():
 
 
 @pytest.mark.promise("Without space nothing is lost")
-def test_a_disk_that_fills_up_ends_the_run_with_exit_code_3_and_the_same_command_goes_on(
-    config, undisturbed, tmp_path
-):
+def test_a_disk_that_fills_up_ends_the_run_with_code_3_and_the_command_goes_on(config, undisturbed, tmp_path):
     def limit():  # the system itself refuses larger files
         soft = 25_000
-        at_call(pytest.MonkeyPatch(), checkpoint, "describe", 7,
-                lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY)))  # fmt: skip
+        at_call(
+            pytest.MonkeyPatch(),
+            files,
+            "describe",
+            3,
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY)),
+        )
 
     assert on_the_command_line(flags(config), tmp_path / "log", limit) == 3
     last = last_line(tmp_path / "log")
-    assert "File too large" in last and "what was saved stays whole" in last and "the same command goes on" in last
+    assert "File too large" in last and "what was saved is intact" in last and "run the same command again" in last
     assert trainer.main(config)["resumed_from_step"] == 4
     check_same(config.output_dir, undisturbed[0])
 
@@ -820,7 +886,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_exit_code_3_and_the_same_command
 def test_a_second_run_in_the_folder_refuses_and_names_the_first_until_that_is_dead(config, undisturbed, tmp_path):
     def run():
         with pytest.MonkeyPatch.context() as patch:
-            at_call(patch, trainer, "accumulate_gradients", 6, lambda: (tmp_path / "here").touch() or time.sleep(60))
+            at_call(patch, trainer, "train_step", 6, lambda: (tmp_path / "here").touch() or time.sleep(60))
             trainer.main(config)
 
     pid = os.fork()
@@ -860,7 +926,7 @@ def test_a_stale_mark_is_recognised_and_a_living_one_respected(tmp_path, whose):
         "a living one's": lambda: mark(tmp_path, parent.pid, parent.create_time(), here),
         "another machine's": lambda: mark(tmp_path, 1, time.time(), "elsewhere"),
     }[whose]()
-    with checkpoint.FolderLock() as lock:
+    with folder_module.FolderLock() as lock:
         if whose in ("a dead process's", "a number taken again"):
             lock.take(tmp_path)
             assert len(list(tmp_path.iterdir())) == 1
@@ -882,7 +948,7 @@ def test_of_runs_that_start_at_the_same_instant_never_two_go_on(tmp_path):
                 try:
                     while time.time() < start:
                         pass
-                    checkpoint.FolderLock().__enter__().take(folder)
+                    folder_module.FolderLock().__enter__().take(folder)
                     code = 0
                 finally:
                     mark(tmp_path, os.getpid(), 0, str(attempt))
@@ -894,7 +960,7 @@ def test_of_runs_that_start_at_the_same_instant_never_two_go_on(tmp_path):
 
 
 def test_a_finished_run_and_a_dry_run_need_no_lock(plain, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.FolderLock, "take", lambda *_: pytest.fail("the folder was locked"))
+    monkeypatch.setattr(folder_module.FolderLock, "take", lambda *_: pytest.fail("the folder was locked"))
     trainer.main(plain)
     trainer.main(dataclasses.replace(plain, output_dir=str(tmp_path / "out"), dry_run=True))
     assert not list(tmp_path.iterdir())
@@ -903,10 +969,21 @@ def test_a_finished_run_and_a_dry_run_need_no_lock(plain, undisturbed, tmp_path,
 # Changed mind ----------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = {  # as README.md says
-    "output_dir", "num_train_epochs", "early_stopping_patience", "sample_prompts", "samples_per_prompt",
-    "sample_every_n_epochs", "sample_steps", "guidance_scale", "save_every_n_epochs", "keep_checkpoints", "num_workers",
-    "cache_dir", "dry_run", "overwrite",
-}  # fmt: skip
+    "output_dir",
+    "num_train_epochs",
+    "early_stopping_patience",
+    "sample_prompts",
+    "samples_per_prompt",
+    "sample_every_n_epochs",
+    "sample_steps",
+    "guidance_scale",
+    "save_every_n_epochs",
+    "keep_checkpoints",
+    "num_workers",
+    "cache_dir",
+    "dry_run",
+    "overwrite",
+}
 
 
 def another(value):
@@ -925,7 +1002,7 @@ def test_each_constant_is_allowed_to_change_or_refused_by_its_name(two_checkpoin
     run = json.loads((folder / "config.json").read_text())
     value = another(getattr(config, name))
     run["constants"] |= {name: value}
-    ask = lambda: checkpoint.check_output_folder(folder, run, trainer.MAY_CHANGE_ON_RESUME, False)  # noqa: E731
+    ask = lambda: folder_module.check_output_folder(folder, run, trainer.MAY_CHANGE_ON_RESUME, False)  # noqa: E731
     if name in MAY_CHANGE:
         assert ask() == "resume"
     else:
@@ -940,16 +1017,28 @@ def test_each_constant_is_allowed_to_change_or_refused_by_its_name(two_checkpoin
 def test_another_data_set_and_other_hardware_are_refused_by_name(two_checkpoints, name):
     run = json.loads((two_checkpoints[1] / "config.json").read_text())
     with pytest.raises(checkpoint.CheckpointError, match=f"{name} was "):
-        checkpoint.check_output_folder(two_checkpoints[1], run | {name: "other"}, trainer.MAY_CHANGE_ON_RESUME, False)
+        folder_module.check_output_folder(
+            two_checkpoints[1], run | {name: "other"}, trainer.MAY_CHANGE_ON_RESUME, False
+        )
 
 
 @pytest.mark.promise("What may change on resume may, all else is refused by name")
 def test_all_that_may_change_without_changing_the_weights_changes_none(two_checkpoints, undisturbed, config, tmp_path):
     shutil.copytree(two_checkpoints[1], config.output_dir)
-    trainer.main(dataclasses.replace(
-        config, early_stopping_patience=3, samples_per_prompt=2, sample_every_n_epochs=0, sample_steps=3,
-        guidance_scale=3.0, save_every_n_epochs=0, keep_checkpoints=5, num_workers=1, cache_dir=str(tmp_path / "c"),
-    ))  # fmt: skip
+    trainer.main(
+        dataclasses.replace(
+            config,
+            early_stopping_patience=3,
+            samples_per_prompt=2,
+            sample_every_n_epochs=0,
+            sample_steps=3,
+            guidance_scale=3.0,
+            save_every_n_epochs=0,
+            keep_checkpoints=5,
+            num_workers=1,
+            cache_dir=str(tmp_path / "c"),
+        )
+    )
     found = everything_in(config.output_dir)
     for name in found.keys() & undisturbed[0].keys() - {"config.json"}:
         assert found[name] == undisturbed[0][name], name

@@ -1,7 +1,7 @@
-"""The README is held to the code. `python tests/test_readme.py` prints its table of constants anew."""
+"""README.md and the other pages are held to the code. `python tests/test_readme.py` prints the table of promises."""
 
-import ast
 import dataclasses
+import inspect
 import json
 import re
 import shlex
@@ -12,13 +12,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPT = (ROOT / "train_manga_lora.py").read_text(encoding="utf-8")
+NAMES = ("README.md", "docs/how_it_works.md", "docs/results.md", "demo/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+README, METHOD, RESULTS = (PAGES[name] for name in NAMES[:3])
+every_page = pytest.mark.parametrize("page", PAGES)
+
 LAUNCH_FLAGS = {  # of accelerate launch
-    "num_processes", "multi_gpu", "cpu", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
+    "num_processes",
+    "multi_gpu",
+    "cpu",
+    "num_machines",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
 }
-BENCH_FLAGS = {"model", "rows", "steps", "warmup", "stage", "rate", "seeds", "out"}
-OTHER_FLAGS = {"lora", "index-url", "help", "record", "dist"} | LAUNCH_FLAGS | BENCH_FLAGS  # other programs
+BENCH_FLAGS = {"model", "rows", "steps", "warmup", "stage", "rate", "seeds", "out", "table"}
+OTHER_FLAGS = {"lora", "index-url", "help", "record"} | LAUNCH_FLAGS | BENCH_FLAGS  # of other programs
 ORIGINAL_SNIPPET = """\
 from diffusers import StableDiffusionPipeline
 import torch
@@ -40,55 +49,23 @@ image.save("generated_manga_face.png")
 """
 
 
-def declared_constants() -> list[tuple[str, str, str]]:
-    """(name, default as written, comment) of every field of TrainingConfig, from the source."""
-    body = SCRIPT.split("class TrainingConfig:")[1].split("\n\n\n")[0]
-    rows = re.findall(r"^    (\w+): [^=]+ = (.*?)  # (.*)$", body, re.MULTILINE)
-    prompts = len(re.findall(r'^        ".*",$', body, re.MULTILINE))
-    return [(name, f"{prompts} prompts" if default == "(" else default, comment) for name, default, comment in rows]
+def fences(page: str, *languages: str) -> list[str]:
+    """The contents of a page's fenced blocks marked with one of these languages ("" = none)."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+    return [content for marked, content in blocks if marked in languages]
 
 
-def constants_table() -> str:
-    rows = [f"| {name} | `{default}` | {comment} |" for name, default, comment in declared_constants()]
-    return "\n".join(["| name | default | meaning |", "|---|---|---|", *rows])
-
-
-def fences(language: str) -> list[str]:
-    """The contents of the fenced blocks marked with this language ("" = none)."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [content for marked, content in blocks if marked == language]
-
-
-def commands() -> list[list[str]]:
-    """Every command of the fenced blocks that starts with python, accelerate or make, as words."""
-    lines = "".join(fences("bash") + fences("powershell")).splitlines()
+def commands(*pages: str) -> dict[str, list[str]]:
+    """Every command in fenced blocks that runs something of this project: as written, and as words."""
+    lines = [line for page in pages for block in fences(page, "bash", "powershell") for line in block.splitlines()]
     words = [shlex.split(line.replace("\\", "/"), comments=True) for line in lines]
-    return [line for line in words if line and line[0] in ("python", "accelerate", "make")]
+    starts = ("python", ".venv/bin/python", "accelerate", "make", "bash")
+    return {" ".join(line): line for line in words if line and line[0] in starts}
 
 
-def test_table_of_constants_is_that_of_the_code():
-    table = README.split("## All constants")[1].split("\n\n")
-    assert constants_table() in table, "run `python tests/test_readme.py` and paste what it prints"
-
-
-def test_table_of_constants_lists_every_field_with_its_real_default():
-    from train_manga_lora import TrainingConfig
-
-    fields = dataclasses.fields(TrainingConfig)
-    declared = declared_constants()
-    assert [name for name, _, _ in declared] == [field.name for field in fields]
-    for (name, default, comment), field in zip(declared, fields, strict=True):
-        if field.name == "sample_prompts":
-            assert default == f"{len(field.default)} prompts"
-        else:
-            assert ast.literal_eval(default) == field.default, name
-        assert comment and "|" not in comment, name
-
-
-def test_sample_prompts_are_those_of_the_code():
-    from train_manga_lora import TrainingConfig
-
-    assert "\n".join(TrainingConfig.sample_prompts) + "\n" in fences("")
+def anchors(text: str) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 def test_picture_and_two_commands_stand_at_the_top():
@@ -99,31 +76,58 @@ def test_picture_and_two_commands_stand_at_the_top():
     assert any(line.startswith("make test") for line in top)
 
 
-def test_every_flag_named_exists():
+@every_page
+def test_every_flag_named_exists(page):
     from train_manga_lora import TrainingConfig
 
     known = {field.name for field in dataclasses.fields(TrainingConfig)} | OTHER_FLAGS
     known |= {f"no-{field.name}" for field in dataclasses.fields(TrainingConfig) if field.type is bool}
-    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)) - {"name"}  # `--name value` stands for any of them
-    assert named - known == set()
+    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page])) - known == set()
 
 
-def test_every_path_named_exists():
-    links = {link for link in re.findall(r"\]\(([^)\s]+)\)", README) if not link.startswith(("http", "#"))}
-    sources = set(re.findall(r'<img src="([^"]+)"', README))
-    inside = {path.rstrip("./") for path in re.findall(r"(?<![\w/])(?:demo|tests|\.ci)/[\w./-]+", README)}
-    top_level = set(re.findall(r"(?<![\w/\\-])(\w+\.(?:py|toml)|constraints\.txt|requirements\.txt)\b", README))
-    missing = sorted(path for path in links | sources | inside | top_level if not (ROOT / path).exists())
-    assert missing == []
+def test_every_constant_has_a_comment_which_is_its_help():
+    from train_manga_lora import TrainingConfig
+
+    body = (ROOT / "train_manga_lora.py").read_text(encoding="utf-8").split("class TrainingConfig:")[1]
+    comments = dict(re.findall(r"^    (\w+): [^=]+ = .*?  # (\S.*)$", body.split("\n\n\n")[0], re.MULTILINE))
+    assert list(comments) == [field.name for field in dataclasses.fields(TrainingConfig)]
 
 
-def test_every_link_to_a_section_leads_somewhere():
-    titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+@every_page
+def test_every_link_leads_to_a_file_and_a_section_of_it(page):
+    links = re.findall(r'\]\(([^)\s]+)\)|<img src="([^"]+)"', PAGES[page])
+    for link in (link for pair in links for link in pair if link and not link.startswith("http")):
+        file, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@every_page
+def test_every_path_named_exists(page):
+    if page == "CHANGELOG.md":  # which tells where things were before
+        return
+    text = re.sub(r"https?://\S+|\]\([^)\s]+\)", "", PAGES[page])  # links have their own test
+    folders = "training|evaluation|demo|bench|docs|tests|.ci"
+    inside = {path.rstrip("./") for path in re.findall(rf"(?<![\w/.])(?:{folders})/[\w./-]*", text)}
+    top_level = set(re.findall(r"(?<![\w/\\-])(\w+\.(?:py|toml)|constraints\.txt|requirements\.txt)\b", text))
+    if page == "CONTRIBUTING.md":  # whose list of modules names the folder once
+        top_level -= {path.name for folder in ("training", "evaluation") for path in (ROOT / folder).glob("*.py")}
+    assert sorted(path for path in inside | top_level if not (ROOT / path).exists()) == []
+
+
+def test_every_page_is_linked_from_the_readme():
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")] + list(NAMES[1:])
+    assert [page for page in pages if f"]({page})" not in README] == []
+
+
+def test_every_module_has_its_place_in_contributing():
+    folders = [ROOT, ROOT / "training", ROOT / "evaluation"]
+    modules = {path.name for folder in folders for path in folder.glob("*.py")} - {"__init__.py"}
+    assert {name for name in modules if f"`{name}`" not in PAGES["CONTRIBUTING.md"]} == set()
+
+
+@pytest.mark.parametrize("words", commands(*NAMES).values(), ids=" ".join)
 def test_command_can_be_run(words):
     from train_manga_lora import TrainingConfig, parse_arguments
 
@@ -131,27 +135,25 @@ def test_command_can_be_run(words):
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:])
         return
-    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    script = next(index for index, word in enumerate(words) if word.endswith((".py", ".sh")))
     assert (ROOT / words[script]).is_file()
     if words[0] == "accelerate":
         assert words[1] == "launch"
-        launch = {word.removeprefix("--") for word in words[2:script] if word.startswith("--")}
-        assert launch <= LAUNCH_FLAGS
+        assert {word.removeprefix("--") for word in words[2:script] if word.startswith("--")} <= LAUNCH_FLAGS
     if words[script] == "train_manga_lora.py":
         assert isinstance(parse_arguments(words[script + 1 :]), TrainingConfig)
 
 
 def test_there_are_commands_to_check():
-    found = {" ".join(words) for words in commands()}
-    assert {"make demo", "make test", "python train_manga_lora.py", "python train_manga_lora.py --dry_run"} <= found
+    expected = {"make demo", "make test", "python train_manga_lora.py", "python train_manga_lora.py --dry_run"}
+    assert expected <= commands("README.md").keys()
 
 
 def test_inference_snippet_is_the_originals_but_for_the_model_id():
-    from train_manga_lora import MIRRORS, TrainingConfig
+    from training.base_model import MIRRORS
 
-    mirror = MIRRORS["runwayml/stable-diffusion-v1-5"]
-    assert mirror == TrainingConfig.pretrained_model
-    assert ORIGINAL_SNIPPET.replace("runwayml/stable-diffusion-v1-5", mirror) in fences("python")
+    gone = "runwayml/stable-diffusion-v1-5"
+    assert ORIGINAL_SNIPPET.replace(gone, MIRRORS[gone]) in fences("README.md", "python")
 
 
 def test_module_and_parameter_counts_are_those_of_sd15_at_rank_16():
@@ -159,31 +161,47 @@ def test_module_and_parameter_counts_are_those_of_sd15_at_rank_16():
     blocks = [320] * 5 + [640] * 5 + [1280] * 6  # 2 down and 3 up at each of three widths, 1 in the middle
     self_attention = sum(4 * 2 * width for width in blocks)
     cross_attention = sum(2 * 2 * width + 2 * (width + text_width) for width in blocks)
-    assert f"{len(blocks) * 2 * 4} modules" in README
-    assert f"{rank * (self_attention + cross_attention):,} parameters" in README
+    method = " ".join(METHOD.split())
+    assert f"{len(blocks) * 2 * 4} modules" in method
+    assert f"{rank * (self_attention + cross_attention):,} parameters" in method
 
 
 def test_exit_codes_are_those_of_the_code():
     table = README.split("| exit code | meaning |")[1].split("\n\n")[0]
     listed = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) for code in cell.split(",")}
-    used = {int(code) for code in re.findall(r"\bStop\((\d+),", SCRIPT)}
+    files = [ROOT / "train_manga_lora.py", ROOT / "lora_layers.py"]
+    files += [path for folder in ("training", "evaluation") for path in (ROOT / folder).glob("*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    used = {int(code) for code in re.findall(r"\b(?:Stop\(|exit_with\(|exit_code = )\s*(\d+)", source)}
     assert listed == used | {0, 128 + 2, 128 + 15}  # SIGINT, SIGTERM
 
 
 def test_metrics_columns_are_those_of_the_code():
-    from checkpoint import METRICS
+    from training.folder import METRICS
 
-    assert f"per optimizer step: {', '.join(METRICS)} |" in README
+    assert f"`{', '.join(METRICS)}`" in " ".join(METHOD.split())
 
 
-def test_files_are_all_listed_with_about_their_length():
-    rows = re.findall(r"^\| \[([\w./]+\.py)\]\([^)]+\) \| (\d+) \|", README, re.MULTILINE)
-    here = {path.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "demo", ROOT / "bench")
-            for path in folder.glob("*.py")}
-    assert {name for name, _ in rows} == here
-    for name, told in rows:
-        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert abs(lines - int(told)) <= 0.1 * lines, f"{name}: {told} told, {lines} counted"
+def test_where_to_change_what_names_what_is_there():
+    rows = re.findall(r"^\| [^|]+ \| \[([\w./]+)\]\([^)]+\) \| `(\w+)` \|$", METHOD, re.MULTILINE)
+    assert len(rows) >= 6
+    for file, name in rows:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(?:def|class) {name}\b|^{name} = ", source, re.MULTILINE), (file, name)
+
+
+@pytest.mark.parametrize("function", ["main", "train"])
+def test_a_run_is_told_in_the_order_of_the_code(function):
+    import train_manga_lora
+
+    told = METHOD.split(f"\n`{function}()`")[1].split("\n\n")[1]
+    names = re.findall(r"^\d+\. `(\w+)`", told, re.MULTILINE)
+    source = inspect.getsource(getattr(train_manga_lora, function))
+    assert len(names) >= 6
+    for name in names:
+        found = re.search(rf"\b{name}\b", source)
+        assert found, f"{name} is not called, or earlier than told"
+        source = source[found.end() :]
 
 
 def test_tables_of_speed_are_those_of_the_result_files():
@@ -192,9 +210,11 @@ def test_tables_of_speed_are_those_of_the_result_files():
     import bench_training
 
     results = ROOT / "bench" / "results"
-    assert bench_training.results_table(sorted(results.glob("*.json"))) in README, "bench_training.py --table prints it"
+    assert bench_training.results_table(sorted(results.glob("*.json"))) in RESULTS, (
+        "bench_training.py --table prints it"
+    )
     scale = json.loads((results / "scale" / "demo.json").read_text(encoding="utf-8"))
-    assert bench_scale.table(scale) in README, "bench_scale.py --table prints it"
+    assert bench_scale.table(scale) in RESULTS, "bench_scale.py --table prints it"
 
 
 def test_tables_of_the_ablation_are_those_of_the_result_files():
@@ -202,7 +222,7 @@ def test_tables_of_the_ablation_are_those_of_the_result_files():
     import ablation
 
     table = ablation.results_table(sorted((ROOT / "bench" / "results" / "ablation").glob("*.json")))
-    assert table in README, "python bench/ablation.py --table prints it"
+    assert table in RESULTS, "python bench/ablation.py --table prints it"
 
 
 def promises_table() -> str:
@@ -212,20 +232,30 @@ def promises_table() -> str:
 
 
 def test_table_of_promises_is_that_of_the_last_recorded_test_run():
-    assert promises_table() in README, "run `python tests/test_readme.py` and paste what it prints"
-    promised = re.findall(r'promise\("(.+?)"\)', "".join(path.read_text(encoding="utf-8") for path in
-                                                         (ROOT / "tests").glob("test_*.py")))  # fmt: skip
+    assert promises_table() in METHOD, "run `python tests/test_readme.py` and paste what it prints"
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    promised = re.findall(r'promise\("(.+?)"\)', tests)
     assert set(promised) == set(json.loads((ROOT / "tests" / "promises.json").read_text(encoding="utf-8")))
 
 
-def test_every_figure_is_measured():
-    assert re.findall(r"MEASURE\([^)]*\)", README) == []
+@every_page
+def test_every_figure_is_measured(page):
+    assert re.findall(r"MEASURE\([^)]*\)", PAGES[page]) == []
 
 
-def test_readme_is_plain():
-    assert len(README.splitlines()) <= 650
-    assert re.findall("[\U0001f300-\U0001faff\u2600-\u27bf]", README) == []
+@every_page
+def test_pages_have_no_emojis(page):
+    assert re.findall("[\U0001f300-\U0001faff\u2600-\u27bf]", PAGES[page]) == []
+
+
+def test_readme_is_short_and_leaves_jargon_to_the_docs():
+    assert len(README.split()) <= 2500
+    assert [word for word in ("w_loss", "effective sample size", "bilevel") if word in README] == []
+
+
+def test_contributing_is_short():
+    assert len(PAGES["CONTRIBUTING.md"].splitlines()) <= 40
 
 
 if __name__ == "__main__":
-    print(constants_table(), promises_table(), sep="\n\n")
+    print(promises_table())

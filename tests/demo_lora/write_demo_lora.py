@@ -1,6 +1,6 @@
 """Trains the two LoRAs beside it, which test_evaluate.py puts in order: minutes on two cores.
 
-    python tests/demo_lora/write_demo_lora.py
+python tests/demo_lora/write_demo_lora.py
 """
 
 import sys
@@ -22,14 +22,21 @@ EPOCHS = {"quarter": 2, "finished": 8}
 
 def keep(folder, unet, config, dataset, state):
     for name, epoch in EPOCHS.items():
-        if state["epochs"] == epoch:
+        if state.epoch == epoch:
             save_lora_weights(unet, HERE / f"{name}.safetensors", torch.float16, {"ss_epoch": epoch})
-    keep_candidates(folder, unet, config, dataset, state)
+    keep_candidate(folder, unet, config, dataset, state)
 
 
 if __name__ == "__main__":
-    keep_candidates = trainer.keep_candidates
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(trainer, "keep_candidates", keep):
-        changes = {"demo": True, "output_dir": str(Path(folder, "out")), "lora_rank": RANK, "lora_alpha": 2 * RANK,
-                   "num_train_epochs": EPOCHS["finished"], "learning_rate": RATE, "sample_prompts": ()}  # fmt: skip
+    keep_candidate = trainer.keep_candidate
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(trainer, "keep_candidate", keep):
+        changes = {
+            "demo": True,
+            "output_dir": str(Path(folder, "out")),
+            "lora_rank": RANK,
+            "lora_alpha": 2 * RANK,
+            "num_train_epochs": EPOCHS["finished"],
+            "learning_rate": RATE,
+            "sample_prompts": (),
+        }
         trainer.main(trainer.TrainingConfig(**trainer.DEMO | changes))

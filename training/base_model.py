@@ -3,58 +3,58 @@
 diffusers and transformers are imported where they are needed: together they cost seconds.
 """
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
 
 import torch
 
-from denoising import is_out_of_memory
+from training.files import InputError
+from training.memory import is_out_of_memory
 
-PARTS = {
-    "unet": "config.json",
-    "vae": "config.json",
-    "text_encoder": "config.json",
-    "tokenizer": "tokenizer_config.json",
-    "scheduler": "scheduler_config.json",
-}
-FILES = (  # what a download fetches: 4.3 GB for SD1.5, and no second copy of anything
-    "model_index.json",
-    "*/*config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-    "tokenizer/*",
-)
+CONFIGS = [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]  # what every base has
+CONFIGS += ["tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"]
+FILES = ["model_index.json", "*/*config.json", "tokenizer/*", "text_encoder/model.safetensors"]  # what is downloaded:
+FILES += [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]  # 4.3 GB for SD1.5, nothing twice
+MIRRORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}  # the former was deleted
 
 
-class BaseModelError(ValueError):
+class BaseModelError(InputError):
     """The base can't be had or used; the message says what to change."""
+
+
+def use_mirror(config, log):
+    """The config, with the mirror's name in it if its base is gone from the hub."""
+    if mirror := MIRRORS.get(config.pretrained_model):
+        log(f"The original repository is gone from the hub; using its mirror {mirror}")
+        config = dataclasses.replace(config, pretrained_model=mirror)
+    return config
 
 
 def find_base(pretrained_model: str) -> Path:
     """The base as a local diffusers folder; a hub id is downloaded once, into the hub's own cache.
 
-    Raises:
-        BaseModelError: neither a folder nor a repository that can be reached, or parts are missing or no JSON.
+    Raises BaseModelError: neither a folder nor a repository that can be reached, or parts are missing or no JSON.
     """
-    folder = Path(pretrained_model)
+    folder, wanted = Path(pretrained_model), f"pretrained_model={pretrained_model!r}"
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(pretrained_model, allow_patterns=list(FILES)))
+            folder = Path(snapshot_download(pretrained_model, allow_patterns=FILES))
         except Exception as error:  # the hub's client raises a dozen kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BaseModelError(f"pretrained_model={pretrained_model!r} is no local folder and can't be downloaded "
-                                 f"({reason}): name a diffusers folder, or try --demo") from None  # fmt: skip
-    for part, file in PARTS.items():
-        if not (folder / part / file).is_file():
-            raise BaseModelError(
-                f"pretrained_model={pretrained_model!r} is no diffusers folder: it lacks {Path(part, file)}"
-            )
-        _read_config(folder / part / file)
+            why = f"{wanted} is no local folder and can't be downloaded ({_reason(error)})"
+            raise BaseModelError(f"{why}: name a diffusers folder, or try --demo") from None
+    for file in map(Path, CONFIGS):
+        if not (folder / file).is_file():
+            raise BaseModelError(f"{wanted} is no diffusers folder: it lacks {file}")
+        _read_config(folder / file)
     return folder
+
+
+def _reason(error) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_config(path: Path) -> dict:
@@ -67,8 +67,7 @@ def _read_config(path: Path) -> dict:
 def check_resolution(resolution: int, base: Path) -> None:
     """The picture must survive every halving of the VAE and the UNet, and leave the middle block more than one token.
 
-    Raises:
-        BaseModelError: it isn't a multiple of 64 (SD1.5) or is below 128; names the nearest that will do.
+    Raises BaseModelError: it isn't a multiple of 64 (SD1.5) or is below 128; names the nearest that will do.
     """
     halvings = 0
     for part in ("vae", "unet"):
@@ -80,9 +79,8 @@ def check_resolution(resolution: int, base: Path) -> None:
     unit = 2**halvings
     if resolution % unit or resolution < 2 * unit:  # attention over a single token has nothing to choose from
         near = max(2, round(resolution / unit)) * unit
-        raise BaseModelError(
-            f"resolution={resolution} must be a multiple of {unit}, at least {2 * unit}, for this base (try {near})"
-        )
+        rule = f"a multiple of {unit}, at least {2 * unit}, for this base"
+        raise BaseModelError(f"resolution={resolution} must be {rule} (try {near})")
 
 
 def _load(kind, folder: Path, **options):
@@ -91,10 +89,9 @@ def _load(kind, folder: Path, **options):
     A `.bin` is a pickle: both libraries read it with `weights_only=True`, which runs no code from it.
     """
     is_model = issubclass(kind, torch.nn.Module)
-    if is_model:
-        options["output_loading_info"] = True
+    options |= {"local_files_only": True} | ({"output_loading_info": True} if is_model else {})
     try:
-        part = kind.from_pretrained(folder, local_files_only=True, **options)
+        part = kind.from_pretrained(folder, **options)
         if is_model:
             part, found = part
             if found["missing_keys"]:  # transformers would make them up
@@ -108,8 +105,8 @@ def _load(kind, folder: Path, **options):
             raise
         if isinstance(error, pickle.UnpicklingError):
             error = "its .bin file holds more than weights, and was not run"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise BaseModelError(f"the base's {folder} can't be loaded ({reason}): get the base again") from None
+        why = f"can't be loaded ({_reason(error)[:200]})"
+        raise BaseModelError(f"the base's {folder} {why}: get the base again") from None
 
 
 def load_vae(base: Path, device: torch.device):
@@ -132,8 +129,7 @@ def load_text_encoder(base: Path, device: torch.device):
 def find_tokenizer(pretrained_model: str):
     """The base's tokenizer if it is on this machine, else None: a report on the data must not start a download.
 
-    Raises:
-        BaseModelError: a local base's tokenizer is damaged.
+    Raises BaseModelError: a local base's tokenizer is damaged.
     """
     from transformers import CLIPTokenizer
 
@@ -154,8 +150,7 @@ def find_tokenizer(pretrained_model: str):
 def load_unet(base: Path, device: torch.device, dtype: torch.dtype):
     """(UNet in `dtype`, the noise schedule it was trained with).
 
-    Raises:
-        BaseModelError: the UNet predicts neither the noise nor v, or isn't a text-to-image one.
+    Raises BaseModelError: the UNet predicts neither the noise nor v, or isn't a text-to-image one.
     """
     from diffusers import DDPMScheduler, UNet2DConditionModel
 

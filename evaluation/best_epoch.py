@@ -1,0 +1,151 @@
+"""Which epoch is the best: the candidates by validation loss, kept while training; the choice by their scores."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from evaluation.pictures import evaluation_prompts
+from evaluation.score import Evaluation, Score
+from lora_layers import save_lora_weights
+from training.checkpoint import LORA_FILES, TrainingState, Validated
+from training.files import describe, discard, read_verified, write_atomic
+
+CANDIDATE = "epoch-{:03d}"  # its folder
+HEADER = ("learning_rate", "seed", "mixed_precision", "gradient_accumulation_steps", "max_grad_norm")  # to the file
+
+
+def candidate_epochs(history: list[Validated]) -> list[int]:
+    """Epochs that may be the best, earliest first: not before the validation minimum, at most three times as far, and
+    within one standard error of it. A model is often at its best somewhat after the minimum of its loss.
+
+    Empty before the first epoch's validation, and where nothing is held out.
+    """
+    rows = [row for row in history if row.epoch > 0 and row.loss is not None]
+    if not rows:
+        return []
+    best = min(rows, key=lambda row: row.loss)  # the earliest of equals
+    highest = best.loss + best.error
+    return [row.epoch for row in rows if best.epoch <= row.epoch <= 3 * best.epoch and row.loss <= highest]
+
+
+def converged_epoch(state: TrainingState) -> int | None:
+    """The first epoch by which validation had gained 95 % of what it gained in all; None if it gained nothing."""
+    if state.best is None or state.best.loss >= state.start_loss:
+        return None
+    enough = state.start_loss - 0.95 * (state.start_loss - state.best.loss)
+    return next(row.epoch for row in state.history if row.epoch > 0 and row.loss <= enough)
+
+
+def save_epoch(folder: Path, unet, config, dataset, state: TrainingState) -> None:
+    """Write this epoch's LoRA as .bin and .safetensors; each is read back and compared before it counts."""
+    metadata = {f"ss_{name}": getattr(config, name) for name in HEADER} | {
+        "ss_sd_model_name": Path(config.pretrained_model).name,
+        "ss_resolution": f"({config.resolution}, {config.resolution})",
+        "ss_num_train_images": len(dataset),
+        "ss_num_validation_images": len(dataset.validation),
+        "ss_num_epochs": config.num_train_epochs,
+        "ss_lr_scheduler": "cosine with warmup",
+        "ss_optimizer": "torch.optim.AdamW",
+        "ss_batch_size_per_device": config.train_batch_size,
+        "ss_caption_dropout_rate": config.caption_dropout,
+    }
+    metadata |= {"ss_epoch": state.epoch, "ss_steps": state.step}
+    for file in LORA_FILES:
+        save_lora_weights(unet, folder / file, torch.float16, metadata)
+
+
+def keep_candidate(folder: Path, unet, config, dataset, state: TrainingState) -> None:
+    """Save the epoch just done into `folder` if it may turn out to be the best; the state notes what its files are."""
+    if state.epoch in (candidate_epochs(state.history) or [state.epoch]):
+        own = folder / CANDIDATE.format(state.epoch)
+        save_epoch(own, unet, config, dataset, state)
+        state.candidates[str(state.epoch)] = {file: describe((own / file).read_bytes()) for file in LORA_FILES}
+
+
+def prune_candidates(folder: Path, state: TrainingState) -> None:
+    """Delete those that can't be the best any more. After a checkpoint that knows so: no resumed run asks for them."""
+    wanted = [CANDIDATE.format(epoch) for epoch in candidate_epochs(state.history) or [state.epoch]]
+    for old in folder.glob("epoch-*"):
+        if old.name not in wanted:
+            discard(old)
+
+
+def choose_best(epochs: list[int], scored: dict[int, Score]) -> tuple[int, str]:
+    """(the best of the candidate epochs, why): the highest score; of those it doesn't beat by more than chance, the
+    earliest. Without scores the first candidate: the lowest validation loss.
+    """
+    if len(epochs) == 1:
+        return epochs[0], "the only candidate: no later epoch is within a standard error of the lowest validation loss"
+    if not scored:
+        return epochs[0], "the lowest validation loss (no pictures, so no scores)"
+    highest = max(scored, key=lambda epoch: (scored[epoch].score, -epoch))
+    best = next(epoch for epoch in sorted(scored) if epoch == highest or not scored[highest].beats(scored[epoch]))
+    of, score = f"of {len(scored)} candidates scored", f"{scored[best].score:.2f}"
+    if best == highest:
+        return best, f"the highest score {of}: {score}"
+    other = f"the highest {of}, {scored[highest].score:.2f} of epoch {highest}"
+    return best, f"score {score}, which {other}, beats by no more than chance; the earlier one wins"
+
+
+def _intact_candidates(output: Path, state: TrainingState, log) -> dict[int, Path]:
+    """{epoch: folder} of the candidates whose files are as saved; if there are none, of the last epoch, from `last`."""
+    intact = {}
+    for epoch in candidate_epochs(state.history) or [state.epoch]:
+        folder = output / "candidates" / CANDIDATE.format(epoch)
+        try:
+            read_verified(folder, state.candidates[str(epoch)])
+            intact[epoch] = folder
+        except (OSError, ValueError, KeyError) as error:
+            log(f"{folder} is damaged ({error}), so this epoch can't be chosen")
+    if not intact:
+        intact[state.epoch] = output / "candidates" / CANDIDATE.format(state.epoch)
+        shutil.copytree(output / "last", intact[state.epoch], dirs_exist_ok=True)
+    return intact
+
+
+def _row(validated: Validated, score: Score | None) -> dict:
+    """A candidate as best.json shows it; what is not known is "n/a"."""
+    row = {"epoch": validated.epoch, "val_loss": validated.loss, "standard_error": validated.error}
+    row |= {"score": score and score.score, "interval": score and score.interval("points: score")}
+    return {name: "n/a" if value is None else value for name, value in row.items()}
+
+
+def pick_best(output: Path, config, dataset, state: TrainingState, base: Path, device, log) -> dict:
+    """Score the candidates, export the best one's files, write best.json; returns scores for the summary.
+
+    The files are what a user loads, and are scored as such. Without pictures the lowest validation loss decides.
+    """
+    candidates = _intact_candidates(output, state, log)
+    epochs, scored, evaluation = list(candidates), {}, None
+    if config.sample_prompts:
+        spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them
+        jobs, _ = evaluation_prompts(dataset, config)
+        drawn = f"{len(jobs)} pictures each of the base and epoch {', '.join(map(str, spread))}"
+        log(f"Drawing and scoring {drawn}, with the exported files ...")
+        evaluation = Evaluation(config, dataset, base, device)
+        scored = {epoch: evaluation.judge(candidates[epoch] / LORA_FILES[-1]) for epoch in spread}
+    epoch, reason = choose_best(epochs, scored)
+    if not candidate_epochs(state.history):
+        reason = "the last: without held-out faces there is nothing to choose by"
+    elif epochs == [state.epoch]:
+        reason = "the lowest validation loss, and the last: more epochs may be better still"
+    for file in LORA_FILES:
+        write_atomic(output / file, (candidates[epoch] / file).read_bytes())
+    rows = {row.epoch: _row(row, scored.get(row.epoch)) for row in state.history if row.epoch in candidates}
+    best = {"epoch": epoch, "step": epoch * state.step // state.epoch}
+    best |= {name: rows[epoch][name] for name in ("val_loss", "score")}
+    best |= {"reason": reason, "candidates": list(rows.values())}
+    write_atomic(output / "best.json", json.dumps(best, indent=1).encode())
+    summary = {"best_epoch": epoch, "best_reason": reason}
+    summary |= dict.fromkeys(("score_base", "score_lora", "colourfulness_base", "colourfulness_lora"))
+    if evaluation:
+        log(evaluation.write(output, scored[epoch]))
+        for name, score in (("base", evaluation.of_base), ("lora", scored[epoch])):
+            summary[f"score_{name}"] = score.score
+            summary[f"colourfulness_{name}"] = float(score.features.line_art["colourfulness"].mean())
+    else:
+        for name in ("scores.json", "before_after.png"):  # of an earlier end of this run: not of this LoRA
+            (output / name).unlink(missing_ok=True)
+    return summary

@@ -1,0 +1,134 @@
+"""Pictures: which prompts are drawn, how, and the sheets that show them."""
+
+import io
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from evaluation.measures import DEMO_ATTRIBUTES
+from training.base_model import load_vae
+from training.files import write_atomic
+from training.memory import free_memory
+
+TILE = 176  # pixels a side of one picture in a contact sheet
+PIXELS_PER_PASS = 2**20  # drawn at a time: 4 pictures of 512 x 512, 8 at the most
+MAX_CAPTIONS = 24  # held-out captions that are drawn
+MAX_ATTRIBUTE_PROMPTS = 64  # of the demo's 288
+
+
+def evaluation_prompts(dataset, config) -> tuple[list[tuple[str, int]], int]:
+    """What is drawn: [(prompt, seed)], and how many of them, the first, are portraits like the data set's.
+
+    sample_prompts, samples_per_prompt seeds each; then captions of held-out faces (of training faces if there are
+    none), which ask for what the data set shows as often as it shows it; on the demo then prompts that ask for each
+    attribute half of the time.
+    """
+    seeds = [config.seed + number for number in range(config.samples_per_prompt)]
+    jobs = [(prompt, seed) for prompt in config.sample_prompts for seed in seeds]
+    faces = dataset.validation or dataset.train
+    chosen = sorted({round(x) for x in np.linspace(0, len(faces) - 1, min(MAX_CAPTIONS, len(faces)))})
+    jobs += [(dataset.faces[faces[number]].texts[-1], config.seed + number) for number in chosen]
+    portraits = len(jobs)
+    if config.demo:
+        prompts = json.loads((DEMO_ATTRIBUTES / "prompts.json").read_text(encoding="utf-8"))
+        jobs += [(prompt, config.seed + number) for number, prompt in enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])]
+    return jobs, portraits
+
+
+def build_pipeline(vae, unet, scheduler, tokenizer=None, text_encoder=None):
+    """A StableDiffusionPipeline that draws with DPM-Solver++ (Lu et al. 2022); without an encoder, from embeddings."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
+    pipe = StableDiffusionPipeline(*parts, requires_safety_checker=False)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def to_pixels(image: torch.Tensor) -> np.ndarray:
+    """Shape: (3, H, W) in [-1, 1] (what is beyond is clamped) -> (H, W, 3), uint8."""
+    return ((image.float().cpu().clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).byte().numpy()
+
+
+@torch.no_grad()
+def decode(vae, latents: torch.Tensor) -> np.ndarray:
+    """The pictures of latents, in the VAE's own precision. Shape: (n, C, h, w), scaled -> (n, H, W, 3), uint8."""
+    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    return np.stack([to_pixels(vae.decode(latent[None]).sample[0]) for latent in latents])
+
+
+@torch.no_grad()
+def draw_pictures(pipe, prompts: dict, seeds: list[int], config) -> np.ndarray:
+    """One picture per seed, with the run's resolution, sample_steps and guidance_scale.
+
+    prompts: the pipeline's arguments, of all pictures: {"prompt": texts}, or embeddings (pictures, T, D).
+    Shape: (pictures, resolution, resolution, 3), uint8.
+    """
+    side, pictures = config.resolution, []
+    settings = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
+    at_once = max(1, min(8, PIXELS_PER_PASS // side**2))
+    for start in range(0, len(seeds), at_once):
+        some = slice(start, start + at_once)
+        given = {name: of_all[some] for name, of_all in prompts.items()} | settings
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[some]]
+        latents = pipe(**given, height=side, width=side, generator=generators, output_type="latent").images
+        pictures.append(decode(pipe.vae, latents))
+    return np.concatenate(pictures)
+
+
+def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: list[str]) -> Image.Image:
+    """One row of pictures (H, W, 3) per caption, a title per column; two blocks side by side if more than four rows."""
+    blocks = 2 if len(rows) > 4 else 1
+    per_block, columns, text, gap = -(-len(rows) // blocks), len(rows[0]), 40, 16
+    block_width = columns * TILE + gap
+    sheet = Image.new("RGB", (blocks * block_width + gap, 36 + per_block * (TILE + text)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for number, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        left, top = gap + number // per_block * block_width, 36 + number % per_block * (TILE + text)
+        if number % per_block == 0:
+            for column, title in enumerate(titles):
+                draw.text((left + column * TILE + TILE / 2, 18), title, "black", ImageFont.load_default(size=15), "mm")
+        for column, picture in enumerate(row):
+            tile = Image.fromarray(picture).resize((TILE - 4, TILE - 4), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (left + column * TILE + 2, top))
+        lines = textwrap.wrap(caption, max(12, int(columns * TILE / 6.6)))[:2]
+        draw.multiline_text((left + 2, top + TILE), "\n".join(lines), "black", font, spacing=2)
+    return sheet
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def is_sampled(epoch: int, config) -> bool:
+    """Whether a sheet is drawn after this epoch; 0 is before the first."""
+    every = config.sample_every_n_epochs
+    return bool(config.sample_prompts) and every > 0 and epoch % every == 0
+
+
+def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
+    """A sheet of one picture per sample prompt, all from the run's seed, so comparable. Epoch 0 is the base's.
+
+    On the main process, unless this epoch's is there already. A signal acts at once: the run that goes on draws it.
+    """
+    file, unet = run.output / "samples" / f"epoch-{epoch:03d}.png", model.unet
+    if not run.is_main or not is_sampled(epoch, config) or file.is_file():
+        return
+    with run.signals_act_at_once():
+        free_memory(run.device)
+        pipe = build_pipeline(load_vae(base, run.device), unet, model.scheduler)
+        empty, prompts = data.prompts.to(unet.device, unet.dtype).split([1, len(config.sample_prompts)])
+        prompts = {"prompt_embeds": prompts, "negative_prompt_embeds": empty.expand_as(prompts)}
+        pictures = draw_pictures(pipe, prompts, [config.seed] * len(config.sample_prompts), config)
+        rows = [[picture] for picture in pictures]
+        write_picture(file, contact_sheet(rows, [f"epoch {epoch}"], list(config.sample_prompts)))
+        del pipe
+        free_memory(run.device)

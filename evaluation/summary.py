@@ -1,0 +1,71 @@
+"""The end of a run: the best epoch's files, its score, summary.json and the last lines on the screen."""
+
+import json
+import math
+import time
+
+from evaluation.best_epoch import converged_epoch, pick_best, prune_candidates, save_epoch
+from training.checkpoint import LORA_FILES, TrainingState
+from training.files import write_atomic
+from training.memory import free_memory, peak_memory_mib
+
+
+def finish(run, config, model, data, state: TrainingState, base) -> dict:
+    """Keep the last epoch beside, export the best one, sum up; returns the summary, {} on all but the main process.
+
+    From here on a signal acts at once: all is saved, and the same command finishes.
+    """
+    run.bar.close()
+    with run.signals_act_at_once():
+        peak_mib = peak_memory_mib(run.device)
+        if not run.is_main:
+            return {}
+        prune_candidates(run.output / "candidates", state)  # a run that was killed may not have come to it
+        save_epoch(run.output / "last", model.unet, config, data.dataset, state)
+        model.free()
+        free_memory(run.device)
+        picked = pick_best(run.output, config, data.dataset, state, base, run.device, run.log)
+        best_loss = state.best.loss if state.best else None
+        summary = picked | {
+            "lora_bin": str(run.output / LORA_FILES[0]),
+            "lora_safetensors": str(run.output / LORA_FILES[1]),
+            "epochs_run": state.epoch,
+            "converged_epoch": converged_epoch(state),
+            "stopped_epoch": state.epoch if state.epoch < config.num_train_epochs else None,
+            "optimizer_steps": state.optimizer_steps,
+            "skipped_steps": state.skipped_steps,
+            "images_seen": state.images_seen,
+            "val_loss_start": state.start_loss,
+            "val_loss_best": best_loss,
+            "val_ratio": best_loss / state.start_loss if state.start_loss and best_loss else None,
+            "images_per_s": state.images_seen / max(state.train_seconds, 1e-9),
+            "peak_memory_mib": peak_mib,
+            "seconds": time.time() - run.started,
+            "first_step_s": run.first_step_seconds,
+            "resumed_from_step": run.resumed_from_step,
+        }
+        write_atomic(run.output / "summary.json", json.dumps(summary, indent=1).encode())
+    print_summary(summary, config, state, run)
+    return summary
+
+
+def print_summary(summary: dict, config, state: TrainingState, run) -> None:
+    """The last lines on the screen: what was learnt, and where it is."""
+    if summary["stopped_epoch"]:
+        run.log(f"Stopped early: no better validation loss in {config.early_stopping_patience} epochs")
+    if summary["val_ratio"]:
+        gained = "never below the base's: lower learning_rate"
+        if converged := summary["converged_epoch"]:
+            gained = f"converged after {converged} of {summary['epochs_run']} epochs (95 % of the gain)"
+        losses = f"{summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} (x {summary['val_ratio']:.2f})"
+        run.log(f"Validation loss {losses}; {gained}")
+    if summary["score_lora"] is not None:
+        run.log(f"Quality score {summary['score_base']:.1f} -> {summary['score_lora']:.1f} of 10")
+    run.log(f"Best epoch: {summary['best_epoch']} of {summary['epochs_run']}, {summary['best_reason']}")
+    run.log(f"Weight decay over the whole run: weights x {math.exp(state.total_log_decay):.8f}")
+    first_step = f", first step after {summary['first_step_s']:.0f} s" if summary["first_step_s"] else ""
+    speed = f"{summary['images_per_s']:.1f} images/s, peak memory {summary['peak_memory_mib']:.0f} MiB"
+    run.log(f"{speed}, {summary['seconds']:.0f} s in all{first_step}")
+    run.log(f"Your LoRA: {summary['lora_safetensors']} (the same as .bin beside it)")
+    if config.sample_prompts:
+        run.log(f"Now look at {run.output / 'before_after.png'}")

@@ -1,0 +1,261 @@
+"""How many images pass at once, what is computed twice, and what happens when memory runs out."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import exported, run, signal_at_step
+
+import train_manga_lora as trainer
+from evaluation import summary
+from lora_layers import flatten_lora, inject_lora, lora_modules, lora_parameters
+from training import memory, model
+from training.base_model import load_unet
+from training.fused import fuse_lora
+
+CPU = torch.device("cpu")
+LATENT_SHAPE = (4, 16, 16)
+
+
+@pytest.mark.parametrize("checkpointing, forward_passes", [("largest", 16 + 2 + 3), ("all", 2 * 16)])
+def test_recomputation_leaves_every_module_s_gradient_as_it_is(tiny_base, checkpointing, forward_passes):
+    """On the trainer's path. The transformer blocks really computed twice: of the first and the last block, or all."""
+    unet, _ = load_unet(tiny_base, CPU, torch.float32)
+    inject_lora(unet, 4, 8)
+    fuse_lora(unet)
+    unet.train()
+    torch.manual_seed(0)
+    for parameter in lora_parameters(unet):
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs, passes, found = (torch.randn(2, *LATENT_SHAPE), torch.tensor([3, 700]), torch.randn(2, 77, 16)), [], {}
+    for module in unet.modules():
+        if type(module).__name__ == "BasicTransformerBlock":
+            module.register_forward_pre_hook(lambda *_: passes.append(1))
+    for tier, expected in (("nothing", 16), (checkpointing, forward_passes)):
+        memory.MemoryPlan(2, tier, 0.0).apply(unet)
+        passes.clear()
+        unet(*inputs).sample.square().mean().backward()
+        assert len(passes) == expected
+        found[tier] = [parameter.grad for parameter in lora_parameters(unet)]
+        unet.zero_grad(set_to_none=True)
+    names = [name for name in lora_modules(unet) for _ in ("down", "up")]
+    for name, kept, again in zip(names, *found.values(), strict=True):
+        assert kept.norm() > 0, name
+        cosine = torch.cosine_similarity(kept.flatten().double(), again.flatten().double(), dim=0)
+        assert cosine >= 0.999999 and torch.allclose(kept.norm(), again.norm()), (name, cosine)
+
+
+def live_bytes(unet, shapes, images):
+    """The most memory that forward and backward of `images` hold at a time, by watching every tensor's birth and death.
+
+    Independent of the hooks that memory_plans counts with.
+    """
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    known = {tensor.untyped_storage()._cdata for tensor in (*unet.parameters(), *unet.buffers())}
+    alive, most = {}, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal most
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    if storage._cdata not in known and storage._cdata not in alive:
+                        alive[storage._cdata] = storage.nbytes()
+                        weakref.finalize(storage, alive.pop, storage._cdata, None)
+            most = max(most, sum(alive.values()))
+            return result
+
+    latents, text = (torch.randn(images, *shape) for shape in shapes)
+    with Watch():
+        unet(latents, torch.zeros(images, dtype=torch.long), text)[0].square().mean().backward()
+    return most
+
+
+def test_memory_plans_count_what_a_backward_pass_really_holds(tiny_base):
+    unet, _ = load_unet(tiny_base, CPU, torch.float32)
+    inject_lora(unet, 4, 8)
+    fuse_lora(unet)
+    shapes = (4, 32, 32), (77, 16)
+    plans = memory.memory_plans(unet, *shapes, 4, "auto")
+    assert [(plan.checkpointing, plan.micro_batch) for plan in plans] == [
+        (tier, images) for tier in ("nothing", "largest", "all") for images in (4, 2, 1)
+    ]
+    for plan in plans:
+        plan.apply(unet)
+        measured = live_bytes(unet, shapes, plan.micro_batch)
+        assert 0.7 * measured <= plan.needed / memory.RESERVE <= 1.1 * measured, (plan, measured)
+        assert measured <= plan.needed, (plan, measured)
+    of_four = [plan.needed for plan in plans if plan.micro_batch == 4]
+    assert of_four[0] > 1.3 * of_four[1] > 1.3 * of_four[2]
+
+
+def test_the_first_plan_that_fits_is_chosen():
+    plans = [
+        memory.MemoryPlan(n, tier, size)
+        for n, tier, size in ((8, "nothing", 80), (4, "nothing", 40), (8, "all", 24), (4, "all", 12))
+    ]
+    choices = {100: plans[0], 80: plans[0], 79: plans[1], 39: plans[2], 20: plans[3], 1: plans[3]}
+    assert {free: memory.choose_plan(plans, free) for free in choices} == choices
+
+
+def test_gradient_checkpointing_changes_no_weight(tiny_config, capsys):
+    run(tiny_config, num_train_epochs=1, gradient_checkpointing="off")
+    first = exported(tiny_config)
+    assert "8 images per pass, nothing is computed twice" in capsys.readouterr().out
+    calls, original = [], torch.utils.checkpoint.checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **o: calls.append(1) or original(*a, **o))
+        run(tiny_config, num_train_epochs=1, gradient_checkpointing="on", overwrite=True)
+    assert "8 images per pass, all blocks are computed twice" in capsys.readouterr().out and calls
+    assert exported(tiny_config) == first
+
+
+def out_of_memory_at(monkeypatch, too_large):
+    """Passes of `too_large` images or more fail as the CPU's allocator does; the sizes tried are returned."""
+    original, tried = model.accumulate_gradients, []
+
+    def wrapped(*arguments):
+        tried.append(arguments[-2])
+        if arguments[-2] >= too_large:
+            original(*arguments)  # gradients that a failed attempt leaves behind must not count
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return original(*arguments)
+
+    monkeypatch.setattr(model, "accumulate_gradients", wrapped)
+    return tried
+
+
+def test_out_of_memory_at_step_1_steps_down_loudly_and_changes_nothing_else(tiny_config, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "choose_plan", lambda plans, _: next(p for p in plans if p.micro_batch == 2))
+        run(tiny_config, num_train_epochs=1)
+    small = exported(tiny_config)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        tried = out_of_memory_at(patch, too_large=4)
+        run(tiny_config, num_train_epochs=1, overwrite=True)
+    assert tried[:3] == [8, 4, 2] and set(tried[3:]) == {2} and exported(tiny_config) == small  # in the rehearsal
+    output = capsys.readouterr().out
+    assert "Out of memory with 8 images per pass" in output and "Trying again with 2 images per pass" in output
+
+
+def test_out_of_memory_with_the_smallest_plan_is_exit_code_3(tiny_config, monkeypatch):
+    out_of_memory_at(monkeypatch, too_large=1)
+    with pytest.raises(trainer.Stop, match="out of memory, even with 1 images") as stop:
+        run(tiny_config, num_train_epochs=1)
+    assert stop.value.exit_code == 3
+
+
+def test_a_resumed_run_keeps_its_plan_whatever_memory_is_free(tiny_config, uninterrupted, monkeypatch):
+    config = dataclasses.replace(tiny_config, train_batch_size=1)
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 3)
+        with pytest.raises(trainer.Stop):
+            run(config)
+    monkeypatch.setattr(memory, "free_bytes", lambda *_: 1.0)
+    tried = out_of_memory_at(monkeypatch, too_large=100)
+    run(config)
+    assert set(tried) == {4} and exported(config) == uninterrupted[1]
+
+
+def test_little_free_memory_means_small_passes_and_recomputation(tiny_config, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_bytes", lambda *_: 1.0)
+    run(tiny_config, num_train_epochs=1)
+    assert "Memory: 1 images per pass, all blocks are computed twice" in capsys.readouterr().out
+
+
+def test_out_of_memory_at_a_later_step_steps_down_too(tiny_config, monkeypatch, capsys):
+    """Another program may take memory while a run is under way."""
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "choose_plan", lambda plans, _: next(p for p in plans if p.micro_batch == 4))
+        run(tiny_config, num_train_epochs=1)
+    expected = exported(tiny_config)
+    capsys.readouterr()
+    original, calls = model.accumulate_gradients, []
+
+    def fails_once(*arguments):
+        calls.append(arguments[-2])
+        result = original(*arguments)
+        if len(calls) == 2:  # the first is the rehearsal
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(model, "accumulate_gradients", fails_once)
+    run(tiny_config, num_train_epochs=1, overwrite=True)
+    assert calls == [8, 8, 4, 4] and exported(tiny_config) == expected
+    assert "Trying again with 4 images per pass" in capsys.readouterr().out
+
+
+def test_several_processes_agree_on_a_smaller_plan_in_the_rehearsal(tiny_base):
+    """One runs out of memory, the other doesn't: both step down. Later none may, as the other would wait for ever."""
+    unet, _ = load_unet(tiny_base, CPU, torch.float32)
+    plans = [memory.MemoryPlan(n, "nothing", 10.0 * n) for n in (4, 2, 1)]
+    weights = torch.nn.Parameter(torch.zeros(3))
+    weights.grad = torch.ones(3)
+    answers = iter([0.0, 1.0])  # the least of all processes: at first the other one's is 0
+    chosen = memory.Plans(unet, plans, plans[0], lambda text: None, lambda number: min(number, next(answers)))
+    tried = []
+    assert chosen.attempt(lambda n: tried.append(n) or torch.ones(()), weights) == 1 and tried == [4, 2]
+    assert not weights.grad.any()
+    chosen.is_rehearsal = False
+
+    def fails(micro_batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        chosen.attempt(fails, weights)
+
+
+def test_planning_leaves_nothing_behind_and_a_deleted_unet_is_gone(tiny_base):
+    unet, _ = load_unet(tiny_base, CPU, torch.float32)
+    inject_lora(unet, 4, 8)
+    fuse_lora(unet)
+    flatten_lora(unet)
+    unet.train()
+    kept, original = [], torch.autograd.graph.saved_tensors_hooks.__init__
+
+    def watched(self, pack, unpack):
+        def pack_and_watch(tensor):
+            packed = pack(tensor)
+            kept.extend((weakref.ref(tensor), weakref.ref(packed)))
+            return packed
+
+        original(self, pack_and_watch, unpack)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd.graph.saved_tensors_hooks, "__init__", watched)
+        plans = memory.memory_plans(unet, LATENT_SHAPE, (77, 16), 8, "auto")
+    gc.collect()
+    own = {id(tensor) for tensor in (*unet.parameters(), *unet.buffers())}
+    assert len(kept) > 1000 and len(plans) == 12
+    assert [ref for ref in kept if ref() is not None and id(ref()) not in own] == []
+    parts = [weakref.ref(part) for part in (*unet.modules(), *unet.parameters())]
+    del unet
+    gc.collect()
+    assert [ref for ref in parts if ref() is not None] == []
+
+
+def test_the_pictures_at_the_end_find_the_unet_s_memory_free(tiny_config, monkeypatch):
+    """Nothing of the trained UNet, its gradients or its optimizer is alive when the best epoch is picked."""
+    parts, built, picked = [], trainer.build_model, summary.pick_best
+
+    def watched(*arguments):
+        made = built(*arguments)
+        things = (*made.unet.modules(), *made.unet.parameters(), made.weights, made.optimizer)
+        parts.extend(weakref.ref(thing) for thing in things)
+        return made
+
+    def pick(*arguments):
+        assert parts and [ref for ref in parts if ref() is not None] == []
+        return picked(*arguments)
+
+    monkeypatch.setattr(trainer, "build_model", watched)
+    monkeypatch.setattr(summary, "pick_best", pick)
+    run(tiny_config, num_train_epochs=1)

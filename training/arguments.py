@@ -1,0 +1,93 @@
+"""Constants from the command line, and whether their values make sense. Standard library only: torch takes seconds."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+from pathlib import Path
+
+from training.files import Stop
+
+
+def parse_arguments(arguments: list[str], constants: type, script: str, demo: dict):
+    """Flags over `demo` (if --demo is among them) over the defaults of the dataclass `constants`.
+
+    script: the file that declares `constants`; its comments are the help texts, its docstring the program's.
+    Raises Stop(2): a flag is unknown or misspelt, or its value has the wrong type; names it.
+    """
+    fields, source = dataclasses.fields(constants), Path(script).read_text(encoding="utf-8")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
+            names = [field.name for field in fields]
+            near = difflib.get_close_matches(unknown[1].replace("-", "_"), names, 1) if unknown else []
+            raise Stop(2, message + (f" (did you mean --{near[0]}?)" if near else "; --help lists all flags"))
+
+    description = source.split('"""')[1]
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in fields:
+        kind = {"help": f"{comments[field.name]} [{field.default}]".replace("%", "%%"), "default": argparse.SUPPRESS}
+        if field.type is bool:
+            kind["action"] = argparse.BooleanOptionalAction
+        elif isinstance(field.default, tuple):
+            kind |= {"nargs": "*", "metavar": "PROMPT"}
+        else:
+            kind |= {"type": field.type, "metavar": field.type.__name__.upper()}
+        parser.add_argument(f"--{field.name}", **kind)
+    given = vars(parser.parse_args(arguments))
+    if "sample_prompts" in given:
+        given["sample_prompts"] = tuple(given["sample_prompts"])
+    if "dataset_dir" in given and "json_file" not in given:  # the caption file is looked for in the folder
+        given["json_file"] = str(Path(given["dataset_dir"]) / Path(constants.json_file).name)
+    return dataclasses.replace(constants(), **((demo if given.get("demo", constants.demo) else {}) | given))
+
+
+def check_config(config) -> None:
+    """All that can be known of a TrainingConfig before torch is imported.
+
+    Raises Stop(2): naming the constant, its value and the rule.
+    """
+
+    def check(rule: str, is_good, *names: str) -> None:
+        for name in names:
+            if not is_good(getattr(config, name)):
+                raise Stop(2, f"{name}={getattr(config, name)!r} must be {rule}")
+
+    for field in dataclasses.fields(config):  # a flag's type was checked, a constant's edited in the file wasn't
+        kinds = (float, int) if field.type is float else (type(field.default),)
+        if isinstance(field.default, tuple):
+            is_texts = lambda value: type(value) is tuple and all(type(text) is str for text in value)  # noqa: E731
+            check("texts in brackets, each with a comma", is_texts, field.name)
+        else:
+            check(f"of type {kinds[0].__name__}", lambda value, kinds=kinds: type(value) in kinds, field.name)
+
+    counts = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "samples_per_prompt", "lora_rank")
+    check("at least 1", lambda v: v >= 1, *counts, "lora_alpha", "sample_steps", "keep_checkpoints")
+    counts = ("early_stopping_patience", "sample_every_n_epochs", "save_every_n_epochs", "num_workers")
+    check("0 or more", lambda v: v >= 0, *counts)
+    factors = ("penalty_factor", "min_weight_decay", "max_weight_decay", "max_grad_norm")
+    check("0 (off) or more, and finite", lambda v: 0 <= v < math.inf, *factors)
+    check("at least min_weight_decay", lambda v: v >= config.min_weight_decay, "max_weight_decay")
+    check("in [0, 2**32)", lambda v: 0 <= v < 2**32, "seed")
+    check("at most 2048, which the file's float16 holds exactly", lambda v: v <= 2048, "lora_alpha")
+    check("below 1", lambda v: v < 1, "max_weight_decay")
+    check("a multiple of 8, for SD1.5 of 64", lambda v: v >= 8 and v % 8 == 0, "resolution")
+    check("above 0 and at most 1 (try 5e-5)", lambda v: 0 < v <= 1, "learning_rate")
+    check("in [0, 1)", lambda v: 0 <= v < 1, "lr_warmup_ratio")
+    check("in [0, 1]", lambda v: 0 <= v <= 1, "caption_dropout")
+    check("in [0, 0.5]", lambda v: 0 <= v <= 0.5, "validation_share")
+    check("in [1, 100)", lambda v: 1 <= v < 100, "guidance_scale")
+    check("in (0, 1], as the weights' mean is 1", lambda v: 0 < v <= 1, "weight_min")
+    check("at least 1, as the weights' mean is 1", lambda v: 1 <= v < math.inf, "weight_max")
+    check('"sampling", "loss" or "off"', ("sampling", "loss", "off").__contains__, "weighting")
+    check('"fp16", "bf16" or "no"', ("fp16", "bf16", "no").__contains__, "mixed_precision")
+    check('"auto", "on" or "off"', ("auto", "on", "off").__contains__, "gradient_checkpointing")
+    if not Path(config.dataset_dir).is_dir():
+        remedy = "put your faces there, set dataset_dir at the top of train_manga_lora.py, or see it work first"
+        command = "python train_manga_lora.py --demo"
+        raise Stop(2, f"dataset_dir={config.dataset_dir!r} is not a folder: {remedy}: {command}")
+    if not Path(config.json_file).is_file():
+        raise Stop(2, f"json_file={config.json_file!r} is not a file: set json_file to your captions")

@@ -1,0 +1,191 @@
+"""What an optimizer step draws, its denoising loss and that loss's gradient; and the validation loss.
+
+All randomness of step s comes from (seed, s) and is drawn for the whole effective batch at once. Micro-batches and
+processes take slices of it, so none of them changes the step, and a resumed run needs no generator's state.
+
+Letters in shapes: n images of a batch, b of a micro-batch, C latent channels, h w latent, T tokens, D text width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dataset import MangaFaceDataset
+from training.encoding import EncodedDataset
+
+VALIDATION_STRATA = 8  # timesteps per held-out face
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that is random about one optimizer step, for the whole effective batch of n images."""
+
+    faces: torch.Tensor  # (n,) faces
+    texts: torch.Tensor  # (n,) indices into dataset.texts; 0 is ""
+    timesteps: torch.Tensor  # (n,)
+    noise: torch.Tensor  # (n, C, h, w)
+    posterior_noise: torch.Tensor  # (n, C, h, w): which latent of the VAE's posterior
+    loss_weights: torch.Tensor  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def to(self, device: torch.device) -> "Batch":
+        """On a GPU without waiting for it: the copies queue up behind the step that is still being computed."""
+        tensors = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        if device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator that depends on these numbers alone, so a step can be repeated without repeating those before it."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+def draw_batch(
+    dataset: MangaFaceDataset, positions, seed: int, step: int, latent_shape: tuple, num_timesteps: int, dropout: float
+) -> Batch:
+    """Draw captions, timesteps and noise for the training faces at `positions`, from (seed, step) alone.
+
+    Args:
+        positions: n of dataset.epoch_order()'s values.
+        latent_shape: (C, h, w).
+        dropout: share of the captions replaced by "", in [0, 1].
+    """
+    count, generator = len(positions), seeded(seed, 3, step)
+    faces = torch.tensor([dataset.train[position] for position in positions])
+    choice = torch.rand(count, generator=generator)
+    variants = [dataset.text_indices[face] for face in faces.tolist()]
+    texts = torch.tensor([texts[int(u * len(texts))] for u, texts in zip(choice.tolist(), variants, strict=True)])
+    texts[torch.rand(count, generator=generator) < dropout] = 0
+    # Stratified timesteps: one from each n-th of the noise schedule, so a step's loss says more and varies less.
+    strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    timesteps = (strata / count * num_timesteps).long().clamp(max=num_timesteps - 1)
+    noise = torch.randn(count, *latent_shape, generator=generator)
+    posterior_noise = torch.randn(count, *latent_shape, generator=generator)
+    loss_weights = torch.from_numpy(dataset.loss_weights()[list(positions)]).float()
+    return Batch(faces, texts, timesteps, noise, posterior_noise, loss_weights)
+
+
+def denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise) -> torch.Tensor:
+    """Mean squared error of the predicted noise, one value per image: |e - e_theta(x_t, t, c)|^2. Shape: (b,) float32.
+
+    DDPM (Ho et al. 2020), equation 14. A base that predicts v (Salimans & Ho 2022) gets that target. text_embeddings
+    come in the UNet's precision (asking `unet.dtype` walks through all its modules: 2 ms a time).
+    """
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    is_v = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
+    prediction = unet(noisy_latents.to(text_embeddings.dtype), timesteps, text_embeddings, return_dict=False)[0]
+    precise = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+    return (prediction.to(precise) - target.to(precise)).square().mean(dim=(1, 2, 3))
+
+
+def accumulate_gradients(
+    unet, scheduler, encoded: EncodedDataset, batch: Batch, share: torch.Tensor, micro_batch: int, scaler
+) -> torch.Tensor:
+    """Add to .grad the gradient of this process's share of the batch's loss; returns that share of the loss.
+
+    The batch's loss is the sum over its images of weight x denoising loss, over the number of images really in it:
+    an epoch's last, partial batch counts each image as much as the others do, and neither the micro-batch nor the
+    number of processes changes the step.
+
+    Args:
+        share: which of the batch's n images are this process's.
+        micro_batch: images per pass through the UNet.
+        scaler: a GradScaler; the gradient is times its scale.
+    """
+    device, count = encoded.latent_mean.device, len(batch)
+    mine = Batch(*(getattr(batch, field.name)[share] for field in dataclasses.fields(batch))).to(device)
+    total = torch.zeros((), device=device)
+    for start in range(0, len(mine), micro_batch):
+        part = slice(start, start + micro_batch)
+        faces = mine.faces[part]
+        latents = encoded.latent_mean[faces] + encoded.latent_std[faces] * mine.posterior_noise[part]
+        text_embeddings = encoded.text_embeddings[mine.texts[part]]
+        losses = denoising_losses(unet, scheduler, latents, text_embeddings, mine.timesteps[part], mine.noise[part])
+        loss = (losses * mine.loss_weights[part]).sum() / count
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    return total
+
+
+def sum_over_processes(*tensors: torch.Tensor) -> None:
+    """All-reduce in place; nothing to do for a single process."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+
+
+def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Start copying a few numbers off the device; the function returned waits for them.
+
+    A GPU computes behind the program's back. Asking for a number at once would let it idle at every step, until the
+    next step is drawn and launched.
+    """
+    if values.device.type != "cuda":
+        numbers = values.tolist()
+        return lambda: numbers
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def one_late(results: Iterable, device: torch.device) -> Iterator:
+    """The same items, on a GPU each only once the next is there: a step's numbers are read while the next computes."""
+    waiting, late = [], int(device.type == "cuda")
+    for result in results:
+        waiting.append(result)
+        if len(waiting) > late:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+@torch.no_grad()
+def validate(
+    unet,
+    scheduler,
+    dataset: MangaFaceDataset,
+    encoded: EncodedDataset,
+    seed: int,
+    process: tuple[int, int] = (0, 1),
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> tuple[float, float] | None:
+    """(mean, its standard error) of the denoising loss over the held-out faces, the same noise every time.
+
+    Joined captions, 8 timestep strata per face. The training loss mostly tells which timesteps were drawn; this one
+    moves only when the weights do. Its standard error is that of other faces, not of other noise.
+
+    Args:
+        process: (rank, number of processes): each takes its share of the faces.
+        is_stopping: asked before each face; once it says yes, None is returned.
+    """
+    device, count = encoded.latent_mean.device, len(dataset.validation)
+    of_faces = torch.zeros(count, dtype=torch.float64)
+    for position in range(process[0], count, process[1]):
+        if is_stopping():
+            return None
+        face, generator = dataset.validation[position], seeded(seed, 4, position)
+        strata = torch.arange(VALIDATION_STRATA) + torch.rand(VALIDATION_STRATA, generator=generator)
+        timesteps = (strata / VALIDATION_STRATA * scheduler.config.num_train_timesteps).long().to(device)
+        noise = torch.randn(VALIDATION_STRATA, *encoded.latent_mean.shape[1:], generator=generator).to(device)
+        latents = encoded.latent_mean[face].expand_as(noise)
+        text_embeddings = encoded.text_embeddings[dataset.text_indices[face][-1]].expand(VALIDATION_STRATA, -1, -1)
+        losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
+        of_faces[position] = losses.cpu().double().mean()  # on the CPU: not every device has float64
+    of_faces = of_faces.float().to(device)
+    sum_over_processes(of_faces)
+    of_faces = of_faces.cpu().double()
+    return of_faces.mean().item(), (of_faces.std() / math.sqrt(count)).item()

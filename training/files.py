@@ -1,0 +1,111 @@
+"""Errors with their exit codes, and files that are there whole or not at all. Needs nothing but the standard library.
+
+.NAME.1234.tmp      NAME while process 1234 writes it; renamed once it is whole, deleted once that process is gone
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+TEMPORARY = re.compile(r".+\.(\d+)\.tmp")  # what process number ... is writing
+
+
+class InputError(ValueError):
+    """Something the user can fix: the message names the thing, its value and the remedy in one line."""
+
+    exit_code = 2
+
+
+class Stop(BaseException):  # like KeyboardInterrupt: no library's `except Exception` may swallow it
+    """Ends the program with an exit code and one line. 2 input, 3 environment, 4 diverged, 130/143 interrupted."""
+
+    def __init__(self, exit_code: int, message: str):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Interrupted(Stop):
+    """Ctrl-C or SIGTERM."""
+
+
+def rename_with_retries(source: Path, target: Path) -> None:
+    """os.replace, tried again for a second and a half: on Windows a virus scanner may hold a new file for a moment."""
+    for seconds in (0.05, 0.1, 0.2, 0.4, 0.8):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(seconds)
+    return os.replace(source, target)
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path):
+    """A name beside `path` to write to; what is still there under that name at the end is deleted."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes, check=None, flush: bool = True) -> None:
+    """Write a file under its final name only once all of it is on the disk, and check(temporary) raised nothing.
+
+    flush=False is faster, and enough for a file whose reader notices that a power failure tore it.
+    Raises OSError: the disk is full or the folder can't be written; `path` is then as it was.
+    """
+    with temporary_beside(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        if check:
+            check(temporary)
+        rename_with_retries(temporary, path)
+
+
+def describe(content: bytes) -> dict:
+    """What a manifest says about a file of this content."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def read_verified(folder: Path, manifest: dict[str, dict]) -> dict[str, bytes]:
+    """The content of all files in `manifest` ({name: describe(content)}).
+
+    Raises OSError, ValueError: one is gone, or isn't what was written.
+    """
+    contents = {name: (folder / name).read_bytes() for name in manifest}
+    for name, content in contents.items():
+        if describe(content) != manifest[name]:
+            raise ValueError(f"{name} is not what was saved")
+    return contents
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; while that is under way it no longer bears its name."""
+    with contextlib.suppress(OSError), temporary_beside(folder) as temporary:  # open elsewhere, on Windows: it stays
+        rename_with_retries(folder, temporary)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(folder: Path) -> None:
+    """fsync a folder, where the system can open one: a rename in it then survives a power failure."""
+    with contextlib.suppress(OSError):  # Windows can't
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

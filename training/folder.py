@@ -1,0 +1,199 @@
+"""A run's folder: whose it is, what is in it, who works in it.
+
+config.json                     resolved constants, data fingerprint, processes, precision
+metrics.csv                     one row per optimizer step
+.running-1234-1767225600@host   while a process works here: its number, when it started, its machine
+"""
+
+import contextlib
+import json
+import platform
+import re
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+
+from training.checkpoint import LORA_FILES, CheckpointError
+from training.files import TEMPORARY, Stop, write_atomic
+
+METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
+PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
+PRODUCTS += ("samples", "checkpoints", "last", "candidates", "tensorboard")  # all that --overwrite deletes
+ABOUT = ("data", "processes", "precision")  # in config.json besides the constants
+LOCK = re.compile(r"\.running-(\d+)-(\d+)@(.*)")  # process number, when it started, its machine
+
+
+def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite: bool) -> str:
+    """What a start in this folder means: "new", "resume" or "finished". Reads only.
+
+    run: what config.json will hold: {"constants": {...}} and ABOUT. may_change: constants that may differ on resume.
+    Raises CheckpointError: the folder holds files but no run, or a run that differs in anything else.
+    """
+    where = f"output_dir={str(output)!r}"
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{where} is a file: choose another output_dir")
+    if not output.exists() or all(_is_leftover(path.name) for path in output.iterdir()):
+        return "new"
+    try:
+        before = json.loads((output / "config.json").read_text(encoding="utf-8"))
+        before = dict(before["constants"]) | {name: before.get(name) for name in ABOUT}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        why = "is not empty and holds no run of this program"
+        raise CheckpointError(f"{where} {why}: choose another output_dir") from None
+    made = ("summary.json", *LORA_FILES)
+    saved = any((output / "checkpoints").glob("step-*"))  # damaged ones too: a run is never started over silently
+    if overwrite or not (saved or any((output / name).is_file() for name in made)):
+        return "new"  # a start that never got as far as a checkpoint holds nothing to lose
+    now = json.loads(json.dumps(run["constants"] | {name: run[name] for name in ABOUT}))  # tuples become lists
+    changed = {name: value for name, value in now.items() if value != before.get(name)}
+    if forbidden := changed.keys() - may_change:
+        listed = "; ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if name in forbidden)
+        remedy = "set this back, choose another output_dir, or start anew with --overwrite"
+        raise CheckpointError(f"{where} holds another run ({listed}): {remedy}")
+    goes_on = changed.keys() & {"num_train_epochs", "early_stopping_patience"}
+    return "resume" if goes_on or not _is_finished(output) else "finished"
+
+
+def _is_finished(output: Path) -> bool:
+    """Whether the end's files are there; if not, a resume makes them again from the last checkpoint."""
+    try:
+        summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(summary, dict) and all((output / name).is_file() for name in LORA_FILES)
+
+
+def start_folder(output: Path, run: dict, step: int, action: str) -> None:
+    """Empty the folder of an earlier run if action is "new"; write config.json; cut metrics.csv after `step`.
+
+    config.json is replaced, never absent: without it a folder is nobody's, and refused.
+    """
+    for name in PRODUCTS if action == "new" else ("summary.json",):
+        path = output / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif name != "config.json":
+            path.unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(output / "config.json", json.dumps(run, indent=1).encode())
+    (output / "samples").mkdir(exist_ok=True)
+    _write_rows(output, [row for row in _read_rows(output) if int(row[1]) <= step] if step else [])
+
+
+def add_metrics(output: Path, row: list) -> None:
+    """Append one optimizer step's values, in the order of METRICS."""
+    with open(output / "metrics.csv", "a", encoding="utf-8") as file:
+        file.write(",".join(str(value) for value in row) + "\n")
+
+
+def add_validation_loss(output: Path, loss: float) -> None:
+    """Write the validation loss that followed the last step into its row."""
+    rows = _read_rows(output)
+    rows[-1][METRICS.index("val_loss")] = str(loss)
+    _write_rows(output, rows)
+
+
+def _read_rows(output: Path) -> list[list[str]]:
+    """Of metrics.csv; another program may have written to it: what is no row is dropped."""
+    try:
+        text = (output / "metrics.csv").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    rows = [line.split(",") for line in text.splitlines()]
+    return [row for row in rows if len(row) == len(METRICS) and re.fullmatch("[0-9]{1,9}", row[1])]
+
+
+def _write_rows(output: Path, rows: list[list[str]]) -> None:
+    lines = [",".join(METRICS), *(",".join(row) for row in rows)]
+    write_atomic(output / "metrics.csv", ("\n".join(lines) + "\n").encode())
+
+
+def check_space(output: Path, parameters: int, config) -> None:
+    """Raises Stop(3) if the disk can't hold what the run may still write. Pictures and logs count 32 MiB."""
+    checkpoint, files = 3 * 4 * parameters, 2 * 2 * parameters  # weights, two moments: float32; two files: float16
+    checkpoints = 1 + min(config.keep_checkpoints, config.num_train_epochs)  # the new one before an old one goes
+    needed = checkpoints * checkpoint + (config.num_train_epochs + 2) * files + 2**25
+    present = (file for name in PRODUCTS for path in [output / name] for file in [path, *path.rglob("*")])
+    held = sum(file.stat().st_size for file in present if file.is_file())
+    needed = max(needed - held, checkpoint + files)
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        content = f"{checkpoints} checkpoints, LoRA files of {config.num_train_epochs} epochs"
+        why = f"may take {needed / 2**20:.0f} MiB more ({content}), but its disk has {free / 2**20:.0f} MiB free"
+        remedy = "free some, choose another output_dir, or fewer num_train_epochs"
+        raise Stop(3, f"output_dir={str(output)!r} {why}: {remedy}")
+
+
+class FolderLock:
+    """One run at a time in a folder: `with FolderLock() as lock: lock.take(folder)`.
+
+    Every run marks the folder with an empty file of its own, named after its process, and goes on if it sees no living
+    other one. So no mark can be half written; of two that start at the same instant, both may give up, but never go on
+    together. The mark of a killed run is recognised: its process is gone, or that number's started at another time.
+    """
+
+    def __enter__(self):
+        self.mark, self.made = None, []
+        return self
+
+    def take(self, folder: Path) -> None:
+        """Mark `folder`, which is made if it isn't there, until the end of the `with`.
+
+        Raises CheckpointError: another run is at work in it; names its process.
+        """
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        process = psutil.Process()
+        self.mark = folder / f".running-{process.pid}-{process.create_time():.0f}@{platform.node()}"
+        self.mark.touch()
+        for other, pid, started, host in living_runs(folder):
+            if other != self.mark:
+                remedy = "wait for it, or stop it"
+                if host != platform.node():  # whose processes can't be seen from here
+                    remedy += f"; if it is dead, delete {str(other)!r}"
+                used = f"is in use by process {pid} on {host}, which started {time.ctime(started)}"
+                raise CheckpointError(f"output_dir={str(folder)!r} {used}: {remedy}; or choose another output_dir")
+
+    def __exit__(self, *exception):
+        if self.mark:
+            self.mark.unlink(missing_ok=True)
+        for path in self.made:
+            with contextlib.suppress(OSError):  # something is in it, as should be
+                path.rmdir()
+
+
+def living_runs(folder: Path) -> list[tuple[Path, int, int, str]]:
+    """(mark, process, its start, its machine) of each run at work in `folder`. Deletes the marks of killed ones."""
+    living = []
+    for mark in folder.glob(".running-*"):
+        if found := LOCK.fullmatch(mark.name):
+            pid, started, host = int(found[1]), int(found[2]), found[3]
+            if host != platform.node() or _is_running(pid, started):
+                living.append((mark, pid, started, host))
+            else:
+                with contextlib.suppress(OSError):
+                    mark.unlink()
+    return living
+
+
+def _is_running(pid: int, started: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) <= 2 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def remove_leftovers(output: Path) -> None:
+    """Delete what killed processes had half written in `output`, whose lock is held."""
+    for path in [*output.glob(".*.tmp"), *(path for name in PRODUCTS for path in (output / name).rglob(".*.tmp"))]:
+        if TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_leftover(name: str) -> bool:
+    return bool(LOCK.fullmatch(name) or (name.startswith(".") and TEMPORARY.fullmatch(name)))

@@ -1,0 +1,191 @@
+"""How many images pass at a time, and what is computed twice: as much as the memory allows; and memory ran out."""
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from training.files import Stop
+
+CHECKPOINTED = {  # what is not kept for the backward pass, but computed again; SD1.5's share of extra work, counted
+    "nothing": "nothing is computed twice",
+    "largest": "the transformer blocks of the highest resolution are computed twice (+ 10 % work)",
+    "all": "all blocks are computed twice (+ 33 % work)",
+}
+RESERVE = 1.25  # of the activations counted: gradients on their way back, workspaces, fragments
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError on a GPU, or its libraries' ..._ALLOC_FAILED; the CPU's allocator's RuntimeError."""
+    signs = ("out of memory", "allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the images of a batch go through the UNet. Any plan gives the same step, up to rounding."""
+
+    micro_batch: int  # images per pass
+    checkpointing: str  # a key of CHECKPOINTED
+    needed: float  # bytes of activations, with RESERVE
+
+    def apply(self, unet) -> None:
+        """Switch on diffusers' checkpointing where this plan wants it."""
+        unet.disable_gradient_checkpointing()
+        if self.checkpointing != "nothing":
+            unet.enable_gradient_checkpointing()
+        if self.checkpointing == "largest":
+            largest = _blocks(unet, "Transformer2DModel", "largest")
+            for module in unet.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = module in largest
+
+    def __str__(self) -> str:
+        needed = f"about {self.needed / 2**30:.1f} GiB of activations"
+        return f"{self.micro_batch} images per pass, {CHECKPOINTED[self.checkpointing]}; {needed}"
+
+
+def _blocks(unet, kind: str, checkpointing: str) -> set:
+    parts = (unet.down_blocks[0], unet.up_blocks[-1]) if checkpointing == "largest" else (unet,)
+    return {module for part in parts for module in part.modules() if type(module).__name__ == kind}
+
+
+def memory_plans(unet, latent_shape: tuple, text_shape: tuple, images: int, checkpointing: str) -> list[MemoryPlan]:
+    """All plans for `images` per batch and process, the best first: recompute as little, then pass as many as can be.
+
+    What the backward pass needs is counted, not looked up: one image goes forward, and each tensor that autograd
+    keeps is weighed, by block. A recomputed block keeps its input alone; the largest is there once in full.
+
+    latent_shape, text_shape: (C, h, w) and (T, D). checkpointing: "auto", "on" (recompute all) or "off" (nothing).
+    """
+    seen = {tensor.untyped_storage().data_ptr() for tensor in (*unet.parameters(), *unet.buffers())}
+    kept, starts, weights = 0, {}, {}  # bytes so far; at a block's start; (a block's own, its input's)
+
+    def weigh(tensor):
+        nonlocal kept
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept += storage.nbytes()
+        return tensor.detach()  # the tensor itself would hold the graph, which holds what is returned here: for ever
+
+    def enter(block, _):
+        starts[block] = kept
+
+    def leave(block, inputs, _):
+        weights[block] = (kept - starts[block], inputs[0].nbytes)
+
+    blocks = _blocks(unet, "BasicTransformerBlock", "all") | _blocks(unet, "ResnetBlock2D", "all")
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    latents, text = (torch.zeros(1, *shape).to(unet.device, unet.dtype) for shape in (latent_shape, text_shape))
+    unet.disable_gradient_checkpointing()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+            unet(latents, torch.zeros(1, device=unet.device, dtype=torch.long), text)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return [MemoryPlan(1, "nothing" if checkpointing == "off" else "all", float("inf"))]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    tiers = {"auto": CHECKPOINTED, "on": ("all",), "off": ("nothing",)}[checkpointing]
+    plans = []
+    for tier in tiers:
+        again = {"nothing": set(), "all": blocks, "largest": _blocks(unet, "BasicTransformerBlock", "largest")}[tier]
+        of_one = kept - sum(own - entry for own, entry in (weights[block] for block in again))
+        of_one += max((weights[block][0] for block in again), default=0)
+        plans += [MemoryPlan(n, tier, RESERVE * n * of_one) for n in range(images, 0, -1) if images % n == 0]
+    return plans
+
+
+def choose_plan(plans: list[MemoryPlan], free: float) -> MemoryPlan:
+    """The first that fits into `free` bytes; if none does, the smallest."""
+    return next((plan for plan in plans if plan.needed <= free), min(plans, key=lambda plan: plan.needed))
+
+
+class Plans:
+    """The plan in force, and the smaller ones to step down to when memory runs out. least: Run's, if it has several
+    processes, else None.
+    """
+
+    def __init__(self, unet, plans: list[MemoryPlan], plan: MemoryPlan, log: Callable = print, least=None):
+        self.unet, self.plans, self.log, self.least = unet, plans, log, least
+        self.plan, self.is_rehearsal = plan, True
+        plan.apply(unet)
+
+    def attempt(self, gradients: Callable[[int], torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+        """gradients(micro_batch), with ever smaller plans as memory runs out; weights.grad is zeroed before each try.
+
+        Several processes agree in the rehearsal; later, one that runs out can't tell the others, which wait for it.
+        Raises Stop(3): even the smallest plan doesn't fit.
+        """
+        while True:
+            weights.grad.zero_()
+            try:
+                result, fits = gradients(self.plan.micro_batch), 1.0
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or (self.least and not self.is_rehearsal):
+                    raise
+                result, fits = None, 0.0
+            if self.least and self.is_rehearsal:
+                fits = self.least(fits)
+            if fits:
+                return result
+            self.step_down(weights.device)
+
+    def step_down(self, device: torch.device) -> None:
+        smaller = [plan for plan in self.plans if plan.needed < 0.9 * self.plan.needed]
+        if not smaller:
+            raise Stop(3, f"out of memory, even with {self.plan}: free some, or lower resolution or lora_rank")
+        self.log(f"Out of memory with {self.plan}.")
+        self.plan = smaller[0]
+        self.plan.apply(self.unet)
+        self.log(f"Trying again with {self.plan}")
+        free_memory(device)
+
+
+def plan_memory(run, model, data, config, kept: dict | None = None) -> None:
+    """Choose model.plans by the memory that is free; `kept` is the plan of a run that goes on.
+
+    How many images pass at once decides rounding, so a resumed run keeps its plan whatever is free.
+    """
+    images = config.train_batch_size * config.gradient_accumulation_steps
+    text_shape = data.encoded.text_embeddings.shape[1:]
+    plans = memory_plans(model.unet, data.latent_shape, text_shape, images, config.gradient_checkpointing)
+    plans, free = run.from_main(plans), run.least(free_bytes(run.device, run.world))
+    plan = MemoryPlan(**kept) if kept else choose_plan(plans, free)
+    model.plans = Plans(model.unet, plans, plan, run.log, run.least if run.world > 1 else None)
+    run.log(f"Device {run.device}, precision {run.precision}. Memory: {plan}, {free / 2**30:.1f} GiB are free")
+
+
+def free_bytes(device: torch.device, processes: int) -> float:
+    """What a process may still take: of its GPU, its own cache included, or its part of the machine's memory."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available / processes
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def free_memory(device: torch.device) -> None:
+    """Let go of what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak of what the run took: on the GPU if there is one, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,218 @@
+"""Where a training happens, and what the world is told: devices, processes, folder, signals, messages, metrics.
+
+Knows nothing of learning. The only place that knows accelerate.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from training import folder
+from training.checkpoint import fingerprint_of
+from training.files import Interrupted
+
+
+class Run:
+    """One training, new, resumed or found finished: `with Run(config, may_change) as run: run.open(...)`.
+
+    Args:
+        may_change: names of the constants that a resumed run may have changed.
+        process_start: when the program was started, as time.time(); None if it is called from another one.
+
+    Attributes:
+        device; rank, world: this process's number, and how many there are; is_main: rank is 0.
+        precision: "fp16", "bf16" or "no", as this device can; dtype: the base's.
+        output: the folder. is_finished, resumes: what open() found there.
+    """
+
+    def __init__(self, config, may_change: set[str], process_start: float | None = None):
+        self.config, self.may_change, self.output = config, may_change, Path(config.output_dir)
+        self.started, self.command = process_start or time.time(), ["python", *sys.argv] if process_start else None
+        self.action, self.is_finished, self.resumes = "new", False, False
+        self.bar = self.tensorboard = self.first_step_seconds = None
+        self.signal_number, self.waits, self.others_stop = 0, False, False
+
+    def __enter__(self):
+        with contextlib.ExitStack() as undo:
+            if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    undo.callback(signal.signal, number, signal.signal(number, self._handle))
+            self.lock = undo.enter_context(folder.FolderLock())
+            self._find_devices()
+            self.undo = undo.pop_all()
+        return self
+
+    def __exit__(self, kind, *exception):
+        for thing in (self.bar, self.tensorboard):
+            if thing is not None:
+                thing.close()
+        if kind is None:
+            self.accelerator.end_training()
+        self.undo.close()
+
+    def _find_devices(self) -> None:
+        on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")  # precision is handled here
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.barrier, self.main_process_first = self.accelerator.wait_for_everyone, self.accelerator.main_process_first
+        self.log = tqdm.write if self.is_main else lambda text: None
+        tune_for(self.device)
+        wanted = self.config.mixed_precision
+        self.precision = wanted if self.device.type == "cuda" else "no"
+        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[self.precision]
+        if self.precision != wanted:
+            self.log(f'No CUDA GPU: training in float32 on the {self.device.type}, not in mixed_precision="{wanted}"')
+
+    def from_main(self, thing):
+        """What the main process has, for all."""
+        return broadcast_object_list([thing])[0]
+
+    def share_of(self, batch) -> torch.Tensor:
+        """Which of a batch's images are this process's."""
+        return torch.arange(len(batch))[self.rank :: self.world]
+
+    def least(self, number: float) -> float:
+        """Of all processes."""
+        return -self.accelerator.gather(torch.tensor([-number], device=self.device)).max().item()
+
+    # The folder
+
+    def open(self, config, data_fingerprint: str) -> None:
+        """Find out what a start in the output folder means, and lock it. `config` as resolved by now.
+
+        Raises CheckpointError: it holds something else, or another run, or one that is at work.
+        """
+        self.config = config
+        self.about = {"constants": dataclasses.asdict(config), "data": data_fingerprint}
+        self.about |= {"processes": self.world, "precision": self.precision}
+        self.fingerprint = fingerprint_of(self.about, self.may_change)
+        if config.dry_run:
+            return
+        self.action = folder.check_output_folder(self.output, self.about, self.may_change, config.overwrite)
+        self.is_finished, self.resumes = self.action == "finished", self.action == "resume"
+        if self.is_main and not self.is_finished:
+            self.lock.take(self.output)
+            folder.remove_leftovers(self.output)
+
+    def finished_summary(self) -> dict:
+        """summary.json of the finished run that was found."""
+        remedy = "More num_train_epochs go on from there, --overwrite starts anew."
+        self.log(f"{self.output} holds this run, finished. {remedy}")
+        folder.living_runs(self.output)  # which deletes the mark of one that was killed at its very end
+        return json.loads((self.output / "summary.json").read_text(encoding="utf-8"))
+
+    def begin(self, base: Path, parameters: int, state) -> None:
+        """Write config.json into the folder, emptied if the run is new. From here on signals wait for run.is_stopping.
+
+        Raises Stop(3): the disk can't hold what the run may write.
+        """
+        self.waits, self.resumed_from_step = True, state.step
+        if self.is_main:
+            folder.check_space(self.output, parameters, self.config)
+            about = {"base": str(base.resolve()), "torch": torch.__version__, "device": str(self.device)}
+            folder.start_folder(self.output, self.about | about, state.step, self.action)
+            if importlib.util.find_spec("tensorboard") is not None:  # metrics.csv is written anyway
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(self.output / "tensorboard", purge_step=state.step + 1)
+        self.action = "begun"
+        self.bar = tqdm(
+            desc="Training", total=state.total_steps, initial=state.step, unit="step", disable=not self.is_main
+        )
+
+    # Steps
+
+    def start_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        self.first_step_seconds = self.first_step_seconds or time.time() - self.started
+        return seconds
+
+    def add_step(self, row: list) -> None:
+        """Append one optimizer step's values, in the order of METRICS, and move the bar."""
+        values = dict(zip(folder.METRICS, row, strict=True))
+        shown = ", ".join(f"{name}: {values[name]:.4f}" for name in ("loss", "w_loss", "penalty"))
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
+        if self.is_main:
+            folder.add_metrics(self.output, row)
+            self._add_scalars({name: value for name, value in values.items() if value != ""})
+
+    def add_validation(self, step: int, loss: float) -> None:
+        """Of the epoch whose last step this was."""
+        if self.is_main and step:
+            folder.add_validation_loss(self.output, loss)
+            self._add_scalars({"step": step, "val_loss": loss})
+
+    def _add_scalars(self, values: dict) -> None:
+        if self.tensorboard is not None:
+            for name in values.keys() - {"epoch", "step"}:
+                self.tensorboard.add_scalar(name, values[name], values["step"])
+
+    # Signals: Ctrl-C and SIGTERM act at once, but in training, which stops between two steps. Twice: ends at once
+
+    def _handle(self, number, frame) -> None:
+        if self.signal_number:
+            if time.monotonic() > self.since + 1:  # launchers may send one signal twice
+                os._exit(128 + number)
+            return
+        self.signal_number, self.since = number, time.monotonic()
+        if not self.waits:
+            self.stop()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the training has to end here. With several processes only once all have heard of it."""
+        return self.others_stop or (self.signal_number > 0 and self.world == 1)
+
+    @contextlib.contextmanager
+    def signals_act_at_once(self):
+        """For what can be broken off anywhere: all is saved. With several processes it is finished first."""
+        before, self.waits = self.waits, self.world > 1
+        if self.signal_number and not self.waits:
+            self.stop()
+        try:
+            yield
+        finally:
+            self.waits = before
+
+    def stop(self, done: str = "") -> None:
+        """Raise Interrupted, with what was done and the command that goes on."""
+        message = f"interrupted, {done}" if done else "interrupted; all that was done is kept"
+        words = self.command or []
+        if self.action == "begun":  # an overwrite has happened: don't ask for it again
+            words = [word for word in words if word != "--overwrite"]
+            words += ["--no-overwrite"] if type(self.config).overwrite else []  # edited in the script
+        alone = words and os.environ.get("WORLD_SIZE", "1") == "1"
+        again = shlex.join(words) if alone else "start it the same way"
+        raise Interrupted(128 + (self.signal_number or signal.SIGTERM), f"{message}; to go on: {again}")
+
+
+def tune_for(device: torch.device) -> None:
+    """Settings of the process that make the same arithmetic faster."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes hardly change: trying all convolution kernels once pays
+    elif sys.platform == "linux":
+        # glibc returns large blocks to the kernel, which clears them anew for every operation: 5 % of an SD1.5 step.
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            if libc.mallopt(-3, 2**30):  # M_MMAP_THRESHOLD; old versions refuse
+                libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
