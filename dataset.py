@@ -1,6 +1,6 @@
 """Captions and faces in, weighted training samples out.
 
-    caption JSON + image folder -> MangaFaceDataset: faces, hold-out split, TF-IDF weights, drawing order
+    captions + image folder -> MangaFaceDataset: faces, hold-out split, TF-IDF weights, texts, drawing order
 
 One word for one thing, here and wherever the data set is used:
 
@@ -14,26 +14,30 @@ Letters in shapes: B batch, C latent channels, H W pixels, h w latent, T tokens,
 import hashlib
 import inspect
 import json
+import math
 import os
-import re
-import reprlib
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+from tqdm import tqdm
 
+from training.captions import kind_of, packs, shuffles, tidy_tags
 from training.files import InputError, sha256_of
+from training.framing import frame_picture, ink_cut
+from training.layouts import IMAGE_SUFFIXES, find_image, read_layout, shown, some_of, unread_pictures, why_missing
+from training.pictures import centred_box, colour_share, dhashes, load_image, read_picture
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # what Pillow may decode, whatever the suffix claims
-MAX_CAPTION_BYTES = 2**26  # a caption file of 64 MiB would describe 100,000 faces: larger ones aren't read
-MAX_PIXELS = 2**26  # of a picture: 8192 x 8192; small files can claim far more, and fill the memory
-DHASH_SIDE = 32  # a picture's hash compares 32 x 32 neighbours; 8 x 8, as is common, takes all faces for one another
+MUCH_CUT = 0.06  # of a side: less is cut from any picture of at most 3 : 1 at 512 pixels
 NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two likest faces 13
+FACE_WORDS = {"alone", "back", "bottom", "cry", "empty", "fire", "front"}  # on scikit-learn's list of stop words, but
+FACE_WORDS |= {"full", "serious", "side", "sincere", "thick", "thin", "top"}  # they describe faces
+STRONGEST_TERMS = 3  # of a face decide on its weight
+MANY_FACES = 100  # above, a word that a single face has is under 1 %: odd wording rather than a rare feature
 GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, fill [0, 1) as evenly as any sequence can
 
 
@@ -43,152 +47,32 @@ class Face:
 
     name: str  # image_name as the caption file has it
     path: Path
-    captions: tuple[str, ...]
+    captions: tuple[str, ...]  # sentences, or lists of tags; without the trigger word
     sha256: str  # of the file's bytes: decides the hold-out and keys the latent cache
     size: tuple[int, int]  # W, H in pixels, upright
-    dhashes: tuple[bytes, bytes]  # of the picture and of its mirror image: see dhash()
+    dhashes: tuple[bytes, bytes]  # of the picture and of its mirror image: see dhashes()
+    frame: tuple[int, ...]  # left, top, right, bottom of what is left without a panel's frame
+    box: tuple[float, ...]  # the same of what is trained on
+    shape: tuple[int, int]  # H, W that becomes
+    remark: str = ""  # what is wrong with it, though it is used
+    repeats: int = 1  # multiplies its weight
+    colour: float = 0.0  # share of its area: see colour_share()
+    ink_cut: float = 0.0  # share of an edge: see ink_cut()
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """What a training draw chooses among: every caption, and (last) all of them joined."""
-        joined = ", ".join(caption.rstrip(" .,") for caption in self.captions)
-        return self.captions if len(self.captions) == 1 else (*self.captions, joined)
+    def cut(self) -> float:
+        """Share of one side that is cut off to fit the shape, but for a panel's frame."""
+        left, top, right, bottom = self.frame
+        return 1 - self.pixels / ((right - left) * (bottom - top))
+
+    @property
+    def pixels(self) -> float:
+        """How many of the file's are trained on."""
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
 
 
 # Reading -------------------------------------------------------------------------------------------------------
-
-
-def read_captions(json_file: str | Path) -> list[tuple[str, tuple[str, ...]]]:
-    """Read `[{"image_name": "image001", "captions": ["...", "..."]}, ...]`.
-
-    Returns (image_name, captions) in file order; blank captions are dropped, entries of the same image are merged.
-
-    Raises:
-        InputError: the file is missing, too large, no UTF-8 JSON, or an entry is odd; names file, line or entry.
-    """
-    shape = 'expected [{"image_name": "image001", "captions": ["...", "..."]}, ...]'
-    try:
-        with open(json_file, "rb") as file:
-            content = file.read(MAX_CAPTION_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"json_file={str(json_file)!r} can't be read ({error.strerror}): set json_file") from None
-    if len(content) > MAX_CAPTION_BYTES:
-        limit = f"{MAX_CAPTION_BYTES / 2**20:.0f} MiB"
-        raise InputError(f"json_file={str(json_file)!r} is larger than {limit}: set json_file to your captions")
-    try:
-        text = content.decode("utf-8-sig")
-        entries = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{json_file}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        line = text.split("\n")[error.lineno - 1].strip()[:60] if text.strip() else "the file is empty"
-        raise InputError(f"{json_file}, line {error.lineno}: {error.msg} at {line!r}: mend it; {shape}") from None
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"{json_file}: not readable as JSON ({type(error).__name__}); {shape}") from None
-    if not isinstance(entries, list):
-        raise InputError(f"{json_file}: the top level is a {type(entries).__name__}, not a list; {shape}")
-    merged: dict[str, list[str]] = {}
-    for number, entry in enumerate(entries, start=1):
-        name = entry.get("image_name") if isinstance(entry, dict) else None
-        captions = entry.get("captions") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(f"{json_file}, entry {number}: no image_name in {_shown(reprlib.repr(entry))}; {shape}")
-        where = f"{json_file}, entry {number} ({name[:80]!r})"
-        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise InputError(f"{where}: captions must be a list of texts; {shape}")
-        if re.search("[\ud800-\udfff]", "".join([name, *captions])):
-            raise InputError(f"{where}: half a surrogate pair is no character: mend it")
-        merged.setdefault(name, []).extend(caption.strip() for caption in captions if caption.strip())
-    return [(name, tuple(captions)) for name, captions in merged.items()]
-
-
-def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None = None) -> Path | None:
-    """The file of `name` (suffix optional, case of the suffix free) inside `dataset_dir`, or None.
-
-    `listings`, if given, keeps the folders' names from call to call: 10,000 names shouldn't be listed 10,000 times.
-
-    Raises:
-        InputError: the name leads out of the folder (absolute, drive, "..", backslash, link), holds a control
-            character, or two files match.
-    """
-    windows, posix = PureWindowsPath(name), PurePosixPath(name)
-    dots = not posix.parts or any(not part.strip(". ") for part in posix.parts)  # to Windows, ".. " is ".."
-    if dots or windows.drive or posix.is_absolute() or re.search(r"[\0-\x1f\x7f-\x9f\\]", name):
-        raise InputError(
-            f"image_name {name[:80]!r} leads out of {dataset_dir}, or is no name on every system: only "
-            "plain names inside the folder are read"
-        )
-
-    def check_inside(path: Path) -> None:
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(dataset_dir)):
-            raise InputError(f"image_name {name[:80]!r} is a link out of {dataset_dir}: only files inside it are read")
-
-    folder = (dataset_dir / name).parent
-    listings = {} if listings is None else listings
-    if folder not in listings:  # Path.is_dir() raises if a name is too long for the disk
-        check_inside(folder)
-        entries = sorted(entry.name for entry in os.scandir(folder)) if os.path.isdir(folder) else []
-        listings[folder] = {}
-        for entry in entries:
-            stem, suffix = os.path.splitext(entry)
-            if suffix.lower() in IMAGE_SUFFIXES:
-                for key in (stem, entry):
-                    listings[folder].setdefault(key, []).append(folder / entry)
-    matches = listings[folder].get(posix.name, [])
-    if len(matches) > 1:
-        files = " and ".join(path.name for path in matches)
-        raise InputError(f"image_name {name[:80]!r} matches {files} in {folder}: remove one, or write its suffix too")
-    for path in matches:
-        check_inside(path)
-    return matches[0] if matches and matches[0].is_file() else None
-
-
-def _shown(text: str) -> str:
-    """Foreign text for the screen: cut, and with escapes for characters that a terminal would obey or can't encode."""
-    text = text if len(text) <= 80 else f"{text[:80]}..."
-    return re.sub("[\0-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
-
-
-def load_image(path: str | Path, resolution: int) -> torch.Tensor:
-    """Decode, turn upright (EXIF), lay alpha over white, crop the centre square, resize (Lanczos).
-
-    Modes 1, L, LA, P, PA, RGB, RGBA, I;16, I and CMYK are understood; of an animated file the first frame counts.
-
-    Shape: (3, resolution, resolution), float32 in [-1, 1].
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: Pillow can't decode the file.
-    """
-    image = _upright_rgb(path)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
-
-
-def _upright_rgb(path: str | Path) -> Image.Image:
-    """The whole picture as RGB: EXIF orientation first, then 16 bits to 8, then alpha over white."""
-    with Image.open(path, formats=IMAGE_FORMATS) as opened:
-        width, height = opened.size
-        if not 0 < width * height <= MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, where 1 to {MAX_PIXELS:,} can be read")
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257.0).round().astype(np.uint8))
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def dhash(image: Image.Image) -> bytes:
-    """Difference hash (Krawetz 2013): where brightness grows by more than noise to the right, on a 32 x 32 grid.
-
-    Nearly the same pictures differ in few of its 1,024 bits, whatever their size or compression.
-    """
-    small = image.convert("L").resize((DHASH_SIDE + 1, DHASH_SIDE), Image.Resampling.LANCZOS)
-    return np.packbits(np.diff(np.asarray(small).astype(int), axis=1) > 16).tobytes()
 
 
 def near_duplicates(faces: list["Face"]) -> list[int]:
@@ -216,16 +100,64 @@ def near_duplicates(faces: list["Face"]) -> list[int]:
     return first
 
 
-def _read_face(name: str, path: Path, captions: tuple[str, ...]) -> Face | str:
-    """The face, or why its file can't be used. Decodes all of it: a torn file must fail here, not in epoch 3."""
+def _read_face(name: str, path: Path, captions: tuple[str, ...], repeats: int, **framing) -> Face | str:
+    """The face, or why its file can't be used. Decodes all of it: a torn file must fail here, not in epoch 3.
+
+    framing: options of frame_picture().
+    """
     try:
         sha256 = sha256_of(path)
-        picture = _upright_rgb(path)
+        picture, remark = read_picture(path)
+        grey = picture.convert("L")
+        frame, box, shape = frame_picture(picture, **framing)
+        seen = colour_share(picture), ink_cut(grey, frame, box)
     except MemoryError:  # is no fault of the picture's
         raise
     except Exception as error:  # on a damaged file Pillow also trips with struct.error, TypeError and others
         return f"{path.name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
-    return Face(name, path, captions, sha256, picture.size, (dhash(picture), dhash(ImageOps.mirror(picture))))
+    hashes = dhashes(grey)
+    return Face(name, path, captions, sha256, picture.size, hashes, frame, box, shape, remark, repeats, *seen)
+
+
+# Rarity --------------------------------------------------------------------------------------------------------
+
+
+def strongest_terms(faces: list[tuple[str, ...]]) -> list[list[tuple[str, float]]]:
+    """For each face, given by its captions, up to three terms and how rare a face they make it.
+
+    A face's strongest terms have the highest tf idf; tf is the share of its captions that have the term, and
+    idf(t) = ln((1 + n) / (1 + df(t))) + 1 (scikit-learn's). Each makes the face tf idf^2 rare: what says most about a
+    face is often said of many, and the second idf asks how rare that is. No stop words, but for FACE_WORDS. With over
+    100 faces a word that only one of them has doesn't count.
+    """
+    terms_of = CountVectorizer(stop_words=sorted(ENGLISH_STOP_WORDS - FACE_WORDS)).build_analyzer()
+    shares = []  # of each face's captions that have the term
+    for captions in faces:
+        counts = Counter(term for caption in captions for term in set(terms_of(caption)))
+        shares.append({term: count / len(captions) for term, count in counts.items()})
+    frequency = Counter(term for share in shares for term in share)
+    idf = {term: math.log((1 + len(faces)) / (1 + count)) + 1 for term, count in frequency.items()}
+    if len(faces) > MANY_FACES:
+        idf = {term: value for term, value in idf.items() if frequency[term] > 1}
+    found = []
+    for share in shares:
+        strength = {term: tf * idf[term] for term, tf in share.items() if term in idf}
+        strongest = sorted(strength, key=lambda term: (-strength[term], term))[:STRONGEST_TERMS]
+        found.append([(term, strength[term] * idf[term]) for term in strongest])
+    return found
+
+
+def clip_to_mean_one(raw: np.ndarray, low: float, high: float) -> np.ndarray:
+    """clip(c raw, low, high) with the one c, found by bisection, at which the mean is 1. low <= 1 <= high.
+
+    Shape: (n,), float64, raw > 0.
+    """
+    below, above = 0.0, 1.0 / raw.min()  # at which no weight is below 1
+    for _ in range(200):
+        scale = (below + above) / 2
+        too_small = np.clip(scale * raw, low, high).mean() < 1.0
+        below, above = (scale, above) if too_small else (below, scale)
+    return np.clip(above * raw, low, high)
 
 
 # The data set --------------------------------------------------------------------------------------------------
@@ -240,12 +172,22 @@ class MangaFaceDataset:
         validation_share: part of the faces held out, in [0, 0.5]; at least 4 images unless 0.
         seed: of the drawing order.
         num_workers: threads that read images; 0 = none.
+        shuffle_tags: of tags between commas, shuffles are drawn, too; the first keep_tags stay in front.
+        trigger_word: put before every text but ""; "" = none.
+        framing: "buckets" (each picture keeps its shape, as nearly as the base can) or "square" (the centre square).
+        trim_frames: cut panel frames away.
+        unit: pixels that the sides of a picture must be multiples of, see resolution_unit(); 64 for SD1.5.
 
     Attributes:
         faces: every usable Face. train, validation: indices into faces.
-        weights: float64, one per training face, mean 1 (all 1 with weighting "off").
+        kind: "sentences", "tags" or "one tag each" (joined): see training/captions.py.
+        terms: of each training face, what decided on its weight: see strongest_terms().
+        weights: float64, one per training face, mean 1 (all alike with weighting "off", but for repeats).
+        fingerprint: hash of every pixel file and caption as it was written; a run can only be resumed on the same data.
         alike: groups of faces that are nearly the same picture.
         texts: every text that may be drawn, each once; texts[0] is "" (caption dropout).
+        text_indices: of each face, which texts a draw chooses among: its captions, shuffles of tags, packs.
+        first_text: of each face, the text that validation, scores and sheets use: the pack from its first caption.
 
     Raises:
         InputError: no usable face is left, or the caption file or a name in it is bad.
@@ -264,22 +206,36 @@ class MangaFaceDataset:
         validation_share=0.1,
         seed=0,
         num_workers=2,
+        shuffle_tags=True,
+        keep_tags=1,
+        trigger_word="",
+        framing="buckets",
+        trim_frames=True,
+        unit=64,
     ):
         self.dataset_dir, self.json_file, self.resolution = Path(dataset_dir), Path(json_file), resolution
         self.weighting, self.weight_min, self.weight_max, self.seed = weighting, weight_min, weight_max, seed
+        self.shuffle_tags, self.keep_tags = shuffle_tags, keep_tags
+        self.prefix = f"{trigger_word}, " if trigger_word else ""
+        self.framing, self.trim_frames, self.unit = framing, trim_frames, unit
         self.skipped: list[str] = []  # one line per face that can't be used
-        self.faces = self._read_faces(max(1, num_workers))
+        faces = self._read_faces(max(1, num_workers))
+        content = [(face.name, face.sha256, face.captions, *[face.repeats] * (face.repeats > 1)) for face in faces]
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self.kind = kind_of([face.captions for face in faces])
+        if self.kind != "sentences":
+            faces = [replace(face, captions=tidy_tags(face.captions, self.kind)) for face in faces]
+        self.faces = faces
         self.train, self.validation = self._split(validation_share)
-        self.weights = self._calculate_sample_weights() if weighting != "off" else np.ones(len(self.train))
-        self.texts = list(dict.fromkeys(["", *(text for face in self.faces for text in face.texts)]))
-        position = {text: index for index, text in enumerate(self.texts)}
-        self.text_indices = [[position[text] for text in face.texts] for face in self.faces]
+        self.terms = strongest_terms([faces[index].captions for index in self.train])
+        self.weights = self._calculate_sample_weights()
+        self.make_texts()
 
     @classmethod
-    def from_config(cls, config) -> "MangaFaceDataset":
+    def from_config(cls, config, unit: int = 64) -> "MangaFaceDataset":
         """From the constants of the same names."""
-        names = list(inspect.signature(cls).parameters)
-        return cls(**{name: getattr(config, name) for name in names})
+        names = inspect.signature(cls).parameters.keys() - {"unit"}
+        return cls(**{name: getattr(config, name) for name in names}, unit=unit)
 
     def __len__(self) -> int:
         """Training faces; also the draws of one epoch."""
@@ -288,31 +244,51 @@ class MangaFaceDataset:
     def __getitem__(self, index: int) -> dict:
         """{"pixel_values": (3, H, W) in [-1, 1], "captions": texts, "weight": float} of training face `index`."""
         face = self.faces[self.train[index]]
-        pixels = load_image(face.path, self.resolution)
-        return {"pixel_values": pixels, "captions": face.texts, "weight": float(self.weights[index])}
+        pixels = load_image(face.path, face.box, face.shape)
+        texts = tuple(self.texts[text] for text in self.text_indices[self.train[index]])
+        return {"pixel_values": pixels, "captions": texts, "weight": float(self.weights[index])}
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of every pixel file and caption: a run can only be resumed on the same data."""
-        content = [(face.name, face.sha256, face.captions) for face in self.faces]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    def make_texts(self, tokenizer=None) -> None:
+        """Fill texts, text_indices and first_text. Packs need the base's tokenizer: call this once it is known."""
+
+        def count_tokens(texts: list[str]) -> list[int]:
+            return [len(ids) for ids in tokenizer(texts, truncation=False).input_ids]
+
+        positions = {"": 0}
+        self.text_indices, self.first_text = [], []
+        for face in self.faces:
+            texts = list(face.captions)
+            if self.kind != "sentences" and self.shuffle_tags:
+                texts += shuffles(face.captions, self.keep_tags, face.sha256)
+            texts = [self.prefix + text for text in texts]
+            packed = packs(face.captions, count_tokens, tokenizer.model_max_length, self.prefix) if tokenizer else []
+            indices = [positions.setdefault(text, len(positions)) for text in dict.fromkeys(texts + packed)]
+            self.text_indices.append(indices)
+            self.first_text.append(positions[(packed or texts)[0]])
+        self.texts = list(positions)
 
     def _read_faces(self, threads: int) -> list[Face]:
         if not self.dataset_dir.is_dir():
             raise InputError(f"dataset_dir={str(self.dataset_dir)!r} is not a folder: set dataset_dir, or try --demo")
-        found: dict[Path, tuple[str, tuple[str, ...]]] = {}
+        self.layout = read_layout(self.dataset_dir, self.json_file)
+        self.json_file = self.layout.json_file or self.json_file
+        found: dict[Path, tuple[str, tuple[str, ...], int]] = {}
         listings: dict[Path, dict] = {}
-        for name, captions in read_captions(self.json_file):
-            path = find_image(self.dataset_dir, name, listings)
+        missing, silent = [], []
+        for entry in self.layout.entries:
+            path = find_image(self.dataset_dir, entry.name, listings)
             if path is None:
-                self.skipped.append(f"{_shown(name)}: no image file of that name")
-            elif not captions:
-                self.skipped.append(f"{_shown(name)}: no captions")
+                missing.append(entry.name)
+            elif not entry.captions:
+                silent.append(f"{shown(entry.name)}: no captions")
             else:
-                first, before = found.get(path, (name, ()))  # image001 and image001.png are one face
-                found[path] = (first, before + captions)
+                first, before, repeats = found.get(path, (entry.name, (), entry.repeats))  # image001 and image001.png
+                found[path] = (first, before + entry.captions, repeats)
+        self.skipped = why_missing(self.dataset_dir, missing, set(found)) + silent
+        framing = {name: getattr(self, name) for name in ("resolution", "unit", "framing", "trim_frames")}
         with ThreadPoolExecutor(threads) as pool:
-            faces = list(pool.map(lambda path: _read_face(found[path][0], path, found[path][1]), found))
+            read = pool.map(lambda path: _read_face(found[path][0], path, *found[path][1:], **framing), found)
+            faces = list(tqdm(read, "Reading faces", len(found), leave=False, disable=None, unit="face"))
         self.skipped += [face for face in faces if isinstance(face, str)]
         if usable := [face for face in faces if isinstance(face, Face)]:
             return usable
@@ -320,14 +296,17 @@ class MangaFaceDataset:
 
     def _why_empty(self) -> str:
         """One line on why no face is usable, with the likeliest remedy."""
-        where = f"no usable face in dataset_dir={str(self.dataset_dir)!r} for {self.json_file}"
+        where = f"no usable face in dataset_dir={str(self.dataset_dir)!r} for {self.layout.title}"
         here = [path for path in self.dataset_dir.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
         deeper = [path for path in self.dataset_dir.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES]
         if not here and deeper:
-            there = f"set dataset_dir={str(deeper[0].parent)!r} (json_file stays {str(self.json_file)!r})"
+            there = f"set dataset_dir={str(deeper[0].parent)!r} and json_file={str(self.json_file)!r}"
             return f"{where}: {len(deeper)} images lie one level deeper: {there}"
         if not here:
-            return f"{where}: the folder holds no {', '.join(IMAGE_SUFFIXES)} file: put the faces there, or try --demo"
+            other = f", but {some_of(names)}" if (names := unread_pictures(self.dataset_dir)) else ""
+            return (
+                f"{where}: the folder holds no {', '.join(IMAGE_SUFFIXES)} file{other}: put faces there, or try --demo"
+            )
         reason = f"first reason: {self.skipped[0]}" if self.skipped else "the caption file lists no image"
         return f"{where}: {len(self.skipped)} skipped, {reason}"
 
@@ -355,40 +334,28 @@ class MangaFaceDataset:
         hashes = sorted(self.faces[index].sha256 for index in group)
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
-    def _term_rarity(self) -> tuple[TfidfVectorizer, list[np.ndarray]]:
-        """The fitted vectorizer, and per training face the term ids in all of its captions (each once)."""
-        documents = [" ".join(self.faces[index].captions) for index in self.train]
-        vectorizer = TfidfVectorizer(stop_words="english")
-        try:
-            counts = vectorizer.fit_transform(documents)
-        except ValueError:  # nothing but stop words
-            vectorizer.idf_ = np.ones(1)
-            return vectorizer, [np.zeros(0, dtype=int) for _ in documents]
-        return vectorizer, [counts[row].indices for row in range(len(documents))]
-
     def _rarities(self) -> np.ndarray:
-        """Mean inverse document frequency of each training face's terms, NaN without terms. Shape: (faces,)."""
-        vectorizer, terms = self._term_rarity()
-        return np.array([vectorizer.idf_[ids].mean() if len(ids) else np.nan for ids in terms])
+        """Mean over its strongest terms of how rare they make each training face, NaN without terms. Shape: (n,)."""
+        return np.array([np.mean([rarity for _, rarity in terms]) if terms else np.nan for terms in self.terms])
 
     def _calculate_sample_weights(self) -> np.ndarray:
-        """Weigh each training face by the mean inverse document frequency of its terms, so rare features come up more.
+        """Weigh each training face by TF-IDF, so that rare features come up more often.
 
-        raw_i = mean over the distinct terms t of face i of idf(t),  idf(t) = ln((1 + n) / (1 + df(t))) + 1
-        (scikit-learn's smoothed idf, English stop words left out, training split only). Row sums of the normalised
-        TF-IDF matrix would reward long captions of common words; a mean over terms doesn't. The scale c then solves
-        mean(clip(c raw, weight_min, weight_max)) = 1 by bisection, so weighting never changes the learning rate.
+        raw_i = mean of tf idf^2 over the face's three strongest terms, see strongest_terms(). A mean over all terms
+        follows odd wording, row sums of the TF-IDF matrix reward long captions. weight_i = clip(c raw_i, weight_min,
+        weight_max) with the c that makes the mean 1, so that weighting never changes the learning rate. A kohya
+        folder's repeats then multiply the weight, and the mean is made 1 again.
 
-        Shape: (training faces,), float64 in [weight_min, weight_max].
+        Shape: (training faces,), float64, in [weight_min, weight_max] where nothing is repeated.
         """
-        raw = self._rarities()
-        raw = np.where(np.isnan(raw), 1.0 if np.isnan(raw).all() else np.nanmean(raw), raw)
-        low, high = 0.0, 1.0 / raw.min()  # at which no weight is below 1
-        for _ in range(200):
-            scale = (low + high) / 2
-            too_small = np.clip(scale * raw, self.weight_min, self.weight_max).mean() < 1.0
-            low, high = (scale, high) if too_small else (low, scale)
-        return np.clip(high * raw, self.weight_min, self.weight_max)
+        weights, repeats = np.ones(len(self.train)), np.array([self.faces[index].repeats for index in self.train])
+        if self.weighting != "off":
+            raw = self._rarities()
+            raw = np.where(np.isnan(raw), 1.0 if np.isnan(raw).all() else np.nanmean(raw), raw)
+            weights = clip_to_mean_one(raw, self.weight_min, self.weight_max)
+        if (repeats == repeats[0]).all():
+            return weights
+        return weights * repeats / (weights * repeats).mean()
 
     @property
     def effective_sample_size(self) -> float:
@@ -402,7 +369,7 @@ class MangaFaceDataset:
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Positions in `train` in the order in which epoch `epoch` (from 0) draws them, fixed by (seed, epoch) alone.
 
-        Under weighting "sampling": systematic resampling. The weights laid end to end make a ruler of length n; n
+        But for weighting "loss": systematic resampling. The weights laid end to end make a ruler of length n; n
         equally spaced marks pick the faces, shifted each epoch by the golden ratio. So the count of a face
         stays within 2.51 of epochs x weight for 60 epochs, whatever the weights (mostly within 2; the bound grows as
         the logarithm), and none is absent for long, which independent draws don't give.
@@ -411,18 +378,48 @@ class MangaFaceDataset:
         """
         count = len(self.train)
         order = np.arange(count)
-        if self.weighting == "sampling":
+        if self.weighting != "loss":
             start = np.random.default_rng([self.seed, 1]).random()
             offset = (start + GOLDEN_RATIO * epoch) % 1.0
             ends = np.cumsum(self.weights)
             order = np.searchsorted(ends * (count / ends[-1]), order + offset, side="right").clip(max=count - 1)
         return np.random.default_rng([self.seed, 2, epoch]).permutation(order)
 
-    def report(self, tokenizer=None) -> str:
+    def epoch_batches(self, epoch: int, size: int) -> list[np.ndarray]:
+        """epoch_order(epoch) in batches of `size`, of one shape each as far as possible; ceil(n / size) of them.
+
+        Each shape's positions are cut into full batches, in the order in which they were drawn. What is left over,
+        shape after shape, makes the other batches, of which the last may be smaller. Then the batches are shuffled,
+        all by (seed, epoch). If all faces have one shape, this is the order itself, cut.
+        """
+        order = self.epoch_order(epoch)
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for position in order.tolist():
+            by_shape.setdefault(self.faces[self.train[position]].shape, []).append(position)
+        if len(by_shape) == 1:
+            return [order[start : start + size] for start in range(0, len(order), size)]
+        whole = {shape: len(positions) // size * size for shape, positions in by_shape.items()}
+        rest = [position for shape, positions in by_shape.items() for position in positions[whole[shape] :]]
+        runs = [*(positions[: whole[shape]] for shape, positions in by_shape.items()), rest]
+        batches = [np.array(run[start : start + size]) for run in runs for start in range(0, len(run), size)]
+        shuffled = np.random.default_rng([self.seed, 5, epoch]).permutation(len(batches))
+        return [batches[number] for number in shuffled]
+
+    def largest_batch(self, size: int) -> np.ndarray:
+        """A batch that needs as much memory as any can: positions of faces of the largest shape, repeated if few."""
+        order = self.epoch_order(0)
+        areas = np.array([math.prod(self.faces[self.train[position]].shape) for position in order])
+        return np.resize(order[areas == areas.max()], min(size, len(order)))
+
+    def square_crop(self, face: int) -> tuple[tuple[float, ...], tuple[int, int]]:
+        """(box, shape) of a face's centre square, for what compares pictures of one shape."""
+        of_face, square = self.faces[face], (self.resolution, self.resolution)
+        return (of_face.box if of_face.shape == square else centred_box(of_face.frame, square)), square
+
+    def report(self, tokenizer=None, warnings: Sequence[str] = ()) -> str:
         """What a person should know before training: faces, what is skipped or cut, the weights and their reasons."""
         inside = self.dataset_dir.is_relative_to(Path.cwd())
         folder = self.dataset_dir.relative_to(Path.cwd()) if inside else self.dataset_dir
-        sizes = [face.size for face in self.faces]
         listed = {face.path.name for face in self.faces} | {line.split(":")[0] for line in self.skipped}
         stray = [
             entry.name
@@ -431,8 +428,6 @@ class MangaFaceDataset:
             and entry.name not in listed
             and os.path.splitext(entry.name)[0] not in listed
         ]
-        small = sum(min(size) < self.resolution for size in sizes)
-        uneven = sum(width != height for width, height in sizes)
         captions = [caption for face in self.faces for caption in face.captions]
         lines = [
             f"Faces: {len(self.faces)} usable in {folder} "
@@ -440,12 +435,15 @@ class MangaFaceDataset:
         ]
         if not self.validation:
             lines.append("Hold-out: none, so no validation, no early stopping; the last epoch is the one exported")
+        lines += [f"Layout: {self.layout.title}", *self.layout.notes]
         lines += [f"Skipped: {len(self.skipped)}"] if self.skipped else []
         lines += [f"  {line}" for line in self.skipped[:10]]
         lines += [f"  ... and {len(self.skipped) - 10} more"] if len(self.skipped) > 10 else []
+        if remarks := [f"{shown(face.name)}: {face.remark}" for face in self.faces if face.remark]:
+            more = f"\n  ... and {len(remarks) - 10} more" if len(remarks) > 10 else ""
+            lines.append("\n  ".join([f"Used, but to be looked at: {len(remarks)}", *remarks[:10]]) + more)
         if stray:
-            named = ", ".join(map(_shown, sorted(stray)[:5]))
-            lines.append(f"Without an entry in {self.json_file.name}: {len(stray)} ({named})")
+            lines.append(f"Without {self.layout.lacking}: {some_of(sorted(stray))}")
         if self.alike:
             groups = [
                 " = ".join(
@@ -455,46 +453,75 @@ class MangaFaceDataset:
             ]
             more = f" and {len(groups) - 5} more" if len(groups) > 5 else ""
             lines.append(f"Nearly the same picture, kept on one side: {', '.join(groups[:5])}{more}")
-        lines.append(
-            f"Pixels: {min(map(min, sizes))} to {max(map(max, sizes))} a side; used at {self.resolution} x "
-            f"{self.resolution}; {uneven} not square (centre square is used), {small} smaller (enlarged)"
-        )
+        lines += self._report_pixels()
         per_face = len(captions) / len(self.faces)
-        lines.append(f"Captions: {len(captions)}, {per_face:.1f} per face, {len(set(captions))} different")
+        lines.append(
+            f"Captions: {len(captions)}, {per_face:.1f} per face, {len(set(captions))} different; {self._kind()}"
+        )
+        lines += [f"Trigger word: {shown(self.prefix[:-2])!r} before every caption"] if self.prefix else []
         if tokenizer is not None:
             lines += self.report_tokens(tokenizer)
         else:
             lines.append("Texts too long to be read: unknown before the base is downloaded")
+        lines += ["Before you train:", *(f"  {warning}" for warning in warnings)] if warnings else []
         return "\n".join(lines + self._report_weights())
 
+    def _report_pixels(self) -> list[str]:
+        """Sizes, frames that were trimmed, the shapes that the faces are used in, and who loses much to them."""
+        sizes, faces = [face.size for face in self.faces], len(self.faces)
+        small = sum(face.pixels < math.prod(face.shape) for face in self.faces)
+        uneven = sum(width != height for width, height in sizes)
+        lines = [
+            f"Pixels: {min(map(min, sizes))} to {max(map(max, sizes))} a side; {uneven} of {faces} not square, {small} "
+            "smaller than used (enlarged)"
+        ]
+        trimmed = sum(face.frame != (0, 0, *face.size) for face in self.faces)
+        if self.trim_frames and trimmed:
+            lines.append(f"Panel frames: cut away from {trimmed} of {faces}")
+        shapes = Counter(face.shape for face in self.faces).most_common()
+        named = ", ".join(f"{width} x {height}: {count}" for (height, width), count in shapes[:6])
+        more = f", and {len(shapes) - 6} more" if len(shapes) > 6 else ""
+        lines.append(f"Used as (width x height: faces): {named}{more}")
+        if cut := sorted((face for face in self.faces if face.cut > MUCH_CUT), key=lambda face: -face.cut):
+            worst = ", ".join(f"{shown(face.name)} {face.cut:.0%}" for face in cut[:5])
+            more = f", and {len(cut) - 5} more" if len(cut) > 5 else ""
+            lines.append(f"Cut by more than {MUCH_CUT:.0%} to fit: {len(cut)} ({worst}{more})")
+        return lines
+
     def report_tokens(self, tokenizer) -> list[str]:
-        """Which texts are longer than the text encoder reads, and where they are cut."""
+        """Which captions are longer than the text encoder reads, and where they are cut. Packs never are."""
         limit = tokenizer.model_max_length
-        cut = [(text, ids) for text in self.texts if len(ids := tokenizer(text, truncation=False).input_ids) > limit]
-        lines = [f"Texts over {limit} tokens: {len(cut)} of {len(self.texts) - 1} (what is beyond is not read)"]
+        texts = list(dict.fromkeys(self.prefix + caption for face in self.faces for caption in face.captions))
+        cut = [(text, ids) for text in texts if len(ids := tokenizer(text, truncation=False).input_ids) > limit]
+        lines = [f"Texts over {limit} tokens: {len(cut)} of {len(texts)} (what is beyond is not read)"]
         for text, ids in cut[:5]:
             lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
             lines.append(f"  {len(ids)} tokens: {text[:50]!r}... loses {lost[:60]!r}")
         return lines
 
+    def _kind(self) -> str:
+        """What the captions were taken for, and what follows from that."""
+        if self.kind == "sentences":
+            return "sentences"
+        what = "one tag each, joined into one list a face" if self.kind == "one tag each" else "lists of tags"
+        order = f"shuffled but for the first {self.keep_tags}" if self.shuffle_tags else "in their order"
+        return f"{what}; underscores become spaces, {order}"
+
     def _report_weights(self) -> list[str]:
         """The weight range, and the rarest and commonest faces with the terms that make them so."""
-        if self.weighting == "off":
+        if self.weighting == "off" and (self.weights == 1).all():
             return ["Weights: off, every face once per epoch"]
-        vectorizer, terms = self._term_rarity()
         lines = [
             f"Weight range: {self.weights.min():.2f} to {self.weights.max():.2f} "
-            f"(acts through {self.weighting}; effective sample size "
+            f"(acts through {self.weighting if self.weighting != 'off' else 'repeats alone'}; effective sample size "
             f"{self.effective_sample_size:.1f} of {len(self)})"
         ]
-        if not any(len(ids) for ids in terms):
+        if not any(self.terms):
             return lines
-        vocabulary = vectorizer.get_feature_names_out()
         by_weight = np.argsort(-self.weights, kind="stable")
         for label, positions in (("heaviest", by_weight[:3]), ("lightest", by_weight[-3:])):
             for position in positions:
-                rare = sorted(terms[position], key=lambda term: -vectorizer.idf_[term])[:4]
-                words = ", ".join(vocabulary[term] for term in rare)
+                words = ", ".join(term for term, _ in sorted(self.terms[position], key=lambda term: -term[1]))
                 name = self.faces[self.train[position]].name
                 lines.append(f"  {label} {self.weights[position]:.2f}  {name}: {words}")
         return lines

@@ -16,8 +16,8 @@ import torch
 
 from dataset import MangaFaceDataset
 from evaluation.score import Evaluation
-from train_manga_lora import TrainingConfig, check_config
-from training.base_model import find_base
+from train_manga_lora import FORMER, TrainingConfig, check_config
+from training.base_model import find_base, find_tokenizer, find_unit
 from training.checkpoint import LORA_FILES
 from training.files import InputError, Stop
 
@@ -31,7 +31,7 @@ def read_run(folder: Path) -> tuple[TrainingConfig, str, Path]:
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
         prompts = tuple(run["constants"]["sample_prompts"])
-        config = TrainingConfig(**run["constants"] | {"sample_prompts": prompts})
+        config = TrainingConfig(**FORMER | run["constants"] | {"sample_prompts": prompts})
         check_config(config)
         base = Path(run["base"])
     except Stop as stop:
@@ -51,10 +51,11 @@ def main(arguments: list[str]) -> None:
     if not (folder / "config.json").is_file() or not lora_file.is_file():
         raise InputError(f"--lora {folder} holds no finished training: run train_manga_lora.py first")
     config, data, base = read_run(folder)
-    dataset = MangaFaceDataset.from_config(config)
+    dataset = MangaFaceDataset.from_config(config, find_unit(str(base)))
     if dataset.fingerprint != data:
         why = f"the faces or captions in {config.dataset_dir} have changed since the training"
         raise InputError(f"--lora {folder}: {why}, so a score would mean nothing: put them back")
+    dataset.make_texts(find_tokenizer(str(base)))
     evaluation = Evaluation(config, dataset, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(evaluation.write(folder, evaluation.judge(lora_file)))
 

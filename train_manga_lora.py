@@ -31,12 +31,14 @@ from training.files import InputError, Stop
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    dataset_dir: str = "faces_dataset"  # folder of faces (.jpg .jpeg .png .webp .bmp)
-    json_file: str = "faces_dataset/modified_face_250.json"  # captions: [{"image_name": ..., "captions": [...]}, ...]
+    dataset_dir: str = "faces_dataset"  # folder of faces (.jpg .png .webp .bmp .gif .tif .avif)
+    json_file: str = "faces_dataset/modified_face_250.json"  # captions; if missing: image.txt, metadata.jsonl, 10_name/
     output_dir: str = "lora_output"  # everything the run makes
 
     pretrained_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or local diffusers folder
-    resolution: int = 512  # pixels a side; a multiple of 64 for SD1.5
+    resolution: int = 512  # pixels a side of a square picture; a multiple of 64 for SD1.5
+    framing: str = "buckets"  # each picture keeps its shape, at about resolution^2 pixels; "square": its centre square
+    trim_frames: bool = True  # cut away a panel's frame line and what lies outside of it
     train_batch_size: int = 2  # x gradient_accumulation_steps x processes = images per optimizer step
     gradient_accumulation_steps: int = 4  # 2 x 4 = 8; free memory decides how many pass at once
     num_train_epochs: int = 30  # passes over the training faces
@@ -51,6 +53,9 @@ class TrainingConfig:
     weighting: str = "sampling"  # rare captions: "sampling" draws them more often, "loss" weighs them more; "off"
     weight_min: float = 0.5  # lower clip of the TF-IDF weights, whose mean is 1
     weight_max: float = 2.0  # upper clip; 1 for both = every weight 1
+    shuffle_tags: bool = True  # captions that are tags between commas: shuffles of them are drawn, too
+    keep_tags: int = 1  # this many tags stay in front of a shuffle; 0 = none
+    trigger_word: str = ""  # put before every caption; "" = off
     caption_dropout: float = 0.1  # share of draws with the caption "", which guidance needs; 0 = off
     penalty_factor: float = 1e-5  # times the sum of squared LoRA weights, added to the loss; 0 = off
     min_weight_decay: float = 1e-5  # of the first epoch; 0 and 0 = off
@@ -77,7 +82,7 @@ class TrainingConfig:
     cache_dir: str = ".cache"  # latents and text embeddings, by content; safe to delete
 
     demo: bool = False  # the embedded faces and model instead of yours
-    dry_run: bool = False  # report on the data set and the plan, write nothing
+    dry_run: bool = False  # report on the data set and the plan; writes dataset.html alone
     overwrite: bool = False  # delete the run in output_dir and start anew
 
 
@@ -103,6 +108,8 @@ DEMO = {  # what --demo changes; other flags apply on top
 MAY_CHANGE_ON_RESUME = {"num_train_epochs", "early_stopping_patience", "save_every_n_epochs", "keep_checkpoints"}
 MAY_CHANGE_ON_RESUME |= {"sample_prompts", "samples_per_prompt", "sample_every_n_epochs", "sample_steps"}
 MAY_CHANGE_ON_RESUME |= {"guidance_scale", "num_workers", "output_dir", "cache_dir", "dry_run", "overwrite"}
+# What a constant that a folder's config.json lacks stands for: how the version that wrote it behaved
+FORMER = {"framing": "square", "trim_frames": False, "shuffle_tags": False, "keep_tags": 1, "trigger_word": ""}
 MAX_BAD_STEPS = 20  # this many non-finite steps in a row are a divergence, not a loss scale that is still settling
 NOTHING_EXPORTED = "Nothing was exported, the last checkpoint stands: lower learning_rate"
 
@@ -133,8 +140,9 @@ from evaluation.best_epoch import keep_candidate, prune_candidates
 from evaluation.pictures import draw_samples, is_sampled
 from evaluation.summary import finish
 from lora_layers import GradientPenalty, LoRASelfCheckError
-from training.base_model import check_resolution, find_base, find_tokenizer, use_mirror
+from training.base_model import check_resolution, find_base, find_tokenizer, find_unit, use_mirror
 from training.checkpoint import CheckpointError, TrainingState, Validated, resume_state, save_state
+from training.dataset_report import dataset_warnings, write_dataset_report
 from training.denoising import Batch, draw_batch, one_late, read_later, sum_over_processes, validate
 from training.encoding import Data, EncodedDataset, encode
 from training.memory import is_out_of_memory, plan_memory
@@ -226,17 +234,18 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     epoch, and on Ctrl-C. Ctrl-C ends the run at once while faces are read or encoded, pictures are drawn, or the best
     epoch is exported, since all that matters is on disk then; during training the current step is finished first.
 
-    Which epoch is exported: of those whose validation loss lies within one standard error of the lowest, the one whose
-    pictures score best. Without pictures the lowest loss decides; without held-out faces it is the last epoch.
+    Which epoch is exported: from the epoch of the lowest validation loss on, among those within one standard error of
+    it, the one whose pictures score best. Without pictures the lowest loss decides; without held-out faces, the last.
 
-    Where to change what: the loss, training/denoising.py; the weighting and the captions' format, dataset.py; the
-    optimizer, training/model.py; the LoRA formula and the projections that carry LoRA, lora_layers.py.
+    Where to change what: the loss, training/denoising.py; the weighting, dataset.py; the captions' format,
+    training/layouts.py; the optimizer, training/model.py; the LoRA formula, and which projections carry LoRA,
+    lora_layers.py.
     """
     check_config(config)
-    with Run(config, MAY_CHANGE_ON_RESUME, process_start) as run:
+    with Run(config, MAY_CHANGE_ON_RESUME, FORMER, process_start) as run:
         # Read the faces, hold some out, weight the others by how rare their captions are
         config = use_mirror(config, run.log)
-        dataset = MangaFaceDataset.from_config(config)
+        dataset = MangaFaceDataset.from_config(config, find_unit(config.pretrained_model))
 
         # Is there a run in the folder already?
         run.open(config, dataset.fingerprint)
@@ -244,20 +253,28 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
             return run.finished_summary()
         state = TrainingState.of_new_run(config, len(dataset), run.world, run.fingerprint)
         tokenizer = find_tokenizer(config.pretrained_model)
-        run.log(dataset.report(tokenizer))
+        dataset.make_texts(tokenizer)
+        warnings = dataset_warnings(dataset, config, state.total_steps)
+        run.log(dataset.report(tokenizer, [text for text, _ in warnings]))
         run.log(state.arithmetic(config, run.world))
         if Path(config.pretrained_model).is_dir():
             check_resolution(config.resolution, find_base(config.pretrained_model))
         if config.dry_run:
-            run.log("Dry run: nothing was written.")
+            if run.is_main:
+                run.log(write_dataset_report(dataset, tokenizer, config, state.total_steps, run.output))
             return {}
 
         # Encode every face and text once; VAE and text encoder are gone before the UNet comes
         with run.main_process_first():
             base = find_base(config.pretrained_model)
         check_resolution(config.resolution, base)
+        if (unit := find_unit(str(base))) != dataset.unit:  # only now downloaded: it has other shapes
+            dataset = MangaFaceDataset.from_config(config, unit)
+            dataset.make_texts(tokenizer)
         if tokenizer is None:  # only now downloaded
-            run.log("\n".join(dataset.report_tokens(find_tokenizer(str(base)))))
+            tokenizer = find_tokenizer(str(base))
+            dataset.make_texts(tokenizer)
+            run.log("\n".join(dataset.report_tokens(tokenizer)))
         data = encode(dataset, config, base, run)
 
         # The UNet, frozen, with LoRA on top: new, or as a checkpoint left it
@@ -267,9 +284,9 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
 
         # Choose how many images pass at once, then rehearse: a whole step that changes nothing must work
         plan_memory(run, model, data, config, state.plan)
-        run.begin(base, len(model.weights), state)
-        batch = draw(data, model, config, dataset.epoch_order(0)[: state.batch_size], 0)
+        batch = draw(data, model, config, dataset.largest_batch(state.batch_size), 0)
         rehearse(model, data.encoded, batch, run.share_of(batch))
+        run.begin(base, len(model.weights), state)
 
         # Train, then export the best epoch
         train(run, config, model, data, state, base)
@@ -289,8 +306,8 @@ def train(run: Run, config: TrainingConfig, model: Model, data: Data, state: Tra
                 evaluate(run, config, model, data, state)
                 continue
             draw_samples(run, config, model, data, state.epoch, base)
-        if state.is_finished(config):
-            break
+            if state.is_finished(config):
+                break
 
         # An epoch's steps; the results of each are read while the next one computes
         for step in one_late(train_epoch(run, config, model, data, state), run.device):
@@ -303,13 +320,13 @@ def train(run: Run, config: TrainingConfig, model: Model, data: Data, state: Tra
 
 def train_epoch(run: Run, config: TrainingConfig, model: Model, data: Data, state: TrainingState) -> Iterator[Step]:
     """Run the remaining steps of the current epoch, yielding each; stops early when a signal arrives."""
-    epoch, size = state.epoch, state.batch_size
+    epoch = state.epoch
     weight_decay = weight_decay_at(epoch, config)
     run.log(f"Epoch {epoch + 1}: Using weight decay {weight_decay:.1e}")
     run.start_clock()
-    order = data.dataset.epoch_order(epoch)
-    for start in range(state.step % state.steps_per_epoch * size, len(order), size):
-        batch = draw(data, model, config, order[start : start + size], state.step)
+    batches = data.dataset.epoch_batches(epoch, state.batch_size)
+    for positions in batches[state.step % state.steps_per_epoch :]:
+        batch = draw(data, model, config, positions, state.step)
         learning_rate = learning_rate_at(state.step, state.total_steps, config)
         read = train_step(model, data.encoded, batch, run.share_of(batch), learning_rate, config, run.signal_number)
         state.step += 1
@@ -321,7 +338,7 @@ def train_epoch(run: Run, config: TrainingConfig, model: Model, data: Data, stat
 def draw(data: Data, model: Model, config: TrainingConfig, positions, step: int) -> Batch:
     """The batch of optimizer step `step` (from 0), for the training faces at these positions."""
     timesteps = model.scheduler.config.num_train_timesteps
-    return draw_batch(data.dataset, positions, config.seed, step, data.latent_shape, timesteps, config.caption_dropout)
+    return draw_batch(data.dataset, positions, config.seed, step, data.latent_shapes, timesteps, config.caption_dropout)
 
 
 def record(run: Run, state: TrainingState, step: Step, dataset: MangaFaceDataset) -> None:

@@ -117,15 +117,19 @@ def min_snr(gamma: float) -> list:
     return redraw(lambda batch, *_: {"loss_weights": batch.loss_weights * weights[batch.timesteps]})
 
 
-def texts(part: slice) -> list:
-    """Draw only some of a face's texts: its captions come first, all of them joined last."""
+def texts(packs: bool) -> list:
+    """Draw only a face's captions, which come first, or only its packs (its only caption, if it has one)."""
     import train_manga_lora
 
     draw = train_manga_lora.draw_batch
 
     def draw_some(dataset, *arguments):
         dataset = copy.copy(dataset)
-        dataset.text_indices = [indices[part] for indices in dataset.text_indices]
+        single = [len(set(face.captions)) for face in dataset.faces]
+        dataset.text_indices = [
+            (indices[count:] or indices[-1:]) if packs else indices[:count]
+            for indices, count in zip(dataset.text_indices, single, strict=True)
+        ]
         return draw(dataset, *arguments)
 
     return [(train_manga_lora, "draw_batch", draw_some)]
@@ -177,8 +181,8 @@ ROWS = {
     "no_dropout": Row(2, "caption dropout off", {"caption_dropout": 0.0}),
     "uniform_timesteps": Row(2, "independent timesteps", swap=uniform_timesteps),
     "min_snr_5": Row(2, "min-SNR weighting, gamma 5", swap=lambda: min_snr(5.0)),
-    "joined_captions": Row(2, "only the joined captions", swap=lambda: texts(slice(-1, None))),
-    "single_captions": Row(2, "only single captions", swap=lambda: texts(slice(None, -1))),
+    "joined_captions": Row(2, "only the joined captions", swap=lambda: texts(packs=True)),
+    "single_captions": Row(2, "only single captions", swap=lambda: texts(packs=False)),
 }
 
 
@@ -229,6 +233,7 @@ def evaluation():
         from dataset import MangaFaceDataset
         from evaluation import pictures
         from evaluation.score import Evaluation
+        from training.base_model import find_tokenizer, find_unit
 
         demo = train_manga_lora.DEMO | {
             "demo": True,
@@ -237,7 +242,8 @@ def evaluation():
             "cache_dir": str(WORK / "cache"),
         }
         config = train_manga_lora.TrainingConfig(**demo)
-        faces = MangaFaceDataset.from_config(config)
+        faces = MangaFaceDataset.from_config(config, find_unit(config.pretrained_model))
+        faces.make_texts(find_tokenizer(config.pretrained_model))
         with mock.patch.object(pictures, "MAX_ATTRIBUTE_PROMPTS", ATTRIBUTE_PROMPTS):
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             EVALUATION.append(Evaluation(config, faces, Path(config.pretrained_model), device))

@@ -205,8 +205,18 @@ LORELEI_ROLES = {
 OTHER_STYLES = {
     "adventurer": (
         "storybook character",
-        {"skin": "skin", "hair": "hair", "ink": "ink", "eyes": "ink", "glasses": "ink", "earrings": "accent",
-         "lips": "accent", "throat": "ink", "tongue": "accent", "uvula": "accent"},
+        {
+            "skin": "skin",
+            "hair": "hair",
+            "ink": "ink",
+            "eyes": "ink",
+            "glasses": "ink",
+            "earrings": "accent",
+            "lips": "accent",
+            "throat": "ink",
+            "tongue": "accent",
+            "uvula": "accent",
+        },
         ("hair", "glasses", "earrings", "details"),
     ),
     "open-peeps": (
@@ -216,15 +226,24 @@ OTHER_STYLES = {
     ),
     "micah": (
         "simple character",
-        {"base": "skin", "shirt": "cloth", "hair": "hair", "facialHair": "hair", "eyebrows": "ink",
-         "eyes": "ink", "glasses": "ink", "mouth": "ink", "earring": "accent", "eyeShadow": "accent"},
+        {
+            "base": "skin",
+            "shirt": "cloth",
+            "hair": "hair",
+            "facialHair": "hair",
+            "eyebrows": "ink",
+            "eyes": "ink",
+            "glasses": "ink",
+            "mouth": "ink",
+            "earring": "accent",
+            "eyeShadow": "accent",
+        },
         ("mouth", "glasses", "earrings", "facialHair"),
     ),
     "notionists": ("notebook character", {"ink": "ink", "paper": "skin"}, ("glasses", "beard")),
     "croodles": (
         "doodled face",
-        {"base": "skin", "top": "hair", "facialHair": "hair", "glasses": "ink", "eyepatch": "ink",
-         "ink": "ink"},
+        {"base": "skin", "top": "hair", "facialHair": "hair", "glasses": "ink", "eyepatch": "ink", "ink": "ink"},
         ("beard", "mustache"),
     ),
     "toon-head": (
@@ -244,7 +263,7 @@ OTHER_STYLES = {
     ),
     "big-ears": ("cartoon face with big ears", {"skin": "skin", "hair": "hair"}, ("hair",)),
     "dylan": ("minimal face", {"skin": "skin", "hair": "hair"}, ("hair", "mood", "facialHair")),
-}  # fmt: skip
+}
 LINE_ART_STYLES = ("notionists", "open-peeps", "micah", "adventurer", "croodles")
 LINE_ART_OPENINGS = (
     "pen drawing, black lines",

@@ -54,9 +54,10 @@ def render_one(seed: str) -> tuple[np.ndarray, list[float]]:
     picture, parts = draw_faces.render_small("lorelei", options, PIXELS)
     without = [
         draw_faces.render_small("lorelei", options | {f"{part}Probability": 0}, PIXELS)[0]
-        if f"{part}Variant" in parts else picture
+        if f"{part}Variant" in parts
+        else picture
         for part in SMALL
-    ]  # fmt: skip
+    ]
     return np.stack([np.asarray(p, dtype=np.uint8) for p in (picture, *without)]), attributes_of(parts)
 
 
@@ -184,8 +185,11 @@ def write_prompts(path: Path) -> None:
             words += [] if beard else [rng.choice(smiles if smiling else frowns)]
             words += [chosen] if chosen else []
             words += ["full beard"] if beard else []
-            words += [word for word, asked in (("earrings", earrings), ("flowers in the hair", flowers),
-                                               ("freckles", freckles)) if asked]  # fmt: skip
+            words += [
+                word
+                for word, asked in (("earrings", earrings), ("flowers in the hair", flowers), ("freckles", freckles))
+                if asked
+            ]
             who = "bearded man" if beard else who
             opening, ink = rng.choice(draw_faces.MANGA_OPENINGS), rng.choice(draw_faces.MANGA_INK)
             details = ", ".join(words)
@@ -200,8 +204,9 @@ def main():
     faces = load_faces("training", TRAINING)
     network = train(*faces)
     calibrate(network, *faces)
-    weights = {name: value.half() if value.is_floating_point() else value for name, value in
-               network.state_dict().items()}  # fmt: skip
+    weights = {
+        name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()
+    }
     network.load_state_dict(weights)  # what is tested is what is written, in float16
     accuracy = test(network, *load_faces("held out", HELD_OUT))
     print("balanced accuracy on held-out renders:", {name: round(value, 3) for name, value in accuracy.items()})

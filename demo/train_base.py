@@ -190,8 +190,10 @@ class Run:
             if time.time() - logged > 20:
                 left = (self.seconds - self.elapsed) / 60
                 pace = 1000 * self.elapsed / self.step
-                log(f"{self.name}: step {self.step}, loss {np.mean(losses):.4f}, learning rate {rate:.1e}, "
-                    f"{pace:.0f} ms/step, {left:.1f} minutes left")  # fmt: skip
+                log(
+                    f"{self.name}: step {self.step}, loss {np.mean(losses):.4f}, learning rate {rate:.1e}, "
+                    f"{pace:.0f} ms/step, {left:.1f} minutes left"
+                )
                 losses, logged = [], time.time()
             if time.time() - saved > SAVE_EVERY_S:
                 self.save()

@@ -52,6 +52,7 @@ def save_epoch(folder: Path, unet, config, dataset, state: TrainingState) -> Non
         "ss_caption_dropout_rate": config.caption_dropout,
     }
     metadata |= {"ss_epoch": state.epoch, "ss_steps": state.step}
+    metadata |= {"modelspec.trigger_phrase": config.trigger_word} if config.trigger_word else {}
     for file in LORA_FILES:
         save_lora_weights(unet, folder / file, torch.float16, metadata)
 
@@ -134,7 +135,7 @@ def pick_best(output: Path, config, dataset, state: TrainingState, base: Path, d
     for file in LORA_FILES:
         write_atomic(output / file, (candidates[epoch] / file).read_bytes())
     rows = {row.epoch: _row(row, scored.get(row.epoch)) for row in state.history if row.epoch in candidates}
-    best = {"epoch": epoch, "step": epoch * state.step // state.epoch}
+    best = {"epoch": epoch, "step": epoch * state.steps_per_epoch}
     best |= {name: rows[epoch][name] for name in ("val_loss", "score")}
     best |= {"reason": reason, "candidates": list(rows.values())}
     write_atomic(output / "best.json", json.dumps(best, indent=1).encode())

@@ -31,7 +31,7 @@ def evaluation_prompts(dataset, config) -> tuple[list[tuple[str, int]], int]:
     jobs = [(prompt, seed) for prompt in config.sample_prompts for seed in seeds]
     faces = dataset.validation or dataset.train
     chosen = sorted({round(x) for x in np.linspace(0, len(faces) - 1, min(MAX_CAPTIONS, len(faces)))})
-    jobs += [(dataset.faces[faces[number]].texts[-1], config.seed + number) for number in chosen]
+    jobs += [(dataset.texts[dataset.first_text[faces[number]]], config.seed + number) for number in chosen]
     portraits = len(jobs)
     if config.demo:
         prompts = json.loads((DEMO_ATTRIBUTES / "prompts.json").read_text(encoding="utf-8"))

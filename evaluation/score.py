@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import load_image
 from evaluation import measures, pictures
 from evaluation.measures import ATTRIBUTES, LINE_ART
 from lora_layers import read_lora_weights
 from training.base_model import load_text_encoder, load_unet, load_vae
 from training.encoding import encode_faces, encode_image, folder_identity
 from training.files import InputError, write_atomic
+from training.pictures import load_image
 
 MAX_FACES = 500  # training faces that pictures are held against
 EXACT_COPY = 0.01  # latents nearer than this are of one picture: copies in a data set must not make copies look usual
@@ -28,8 +28,8 @@ POINTS = {"style": 3, "set distance": 2, "adherence": 3, "novelty": 1, "diversit
 
 
 def face_pixels(dataset, face: int) -> np.ndarray:
-    """A face as training sees it. Shape: (H, W, 3), uint8."""
-    return pictures.to_pixels(load_image(dataset.faces[face].path, dataset.resolution))
+    """A face's centre square, as the pictures that it is compared with are square. Shape: (H, W, 3), uint8."""
+    return pictures.to_pixels(load_image(dataset.faces[face].path, *dataset.square_crop(face)))
 
 
 class References:
@@ -38,7 +38,8 @@ class References:
     def __init__(self, dataset, config, vae, vae_identity: str, clip):
         chosen = np.linspace(0, len(dataset.train) - 1, min(MAX_FACES, len(dataset.train))).round().astype(int)
         faces = [dataset.train[position] for position in chosen]
-        latents, _ = encode_faces(dataset, config.cache_dir, vae_identity, lambda: vae)
+        crops = [dataset.square_crop(face) for face in range(len(dataset.faces))]
+        latents, _ = encode_faces(dataset, config.cache_dir, vae_identity, lambda: vae, crops=crops)
         self.names = [dataset.faces[face].name for face in dataset.train]  # of all
         self.latents = latents[dataset.train].flatten(1).numpy()  # (all, D) float32: posterior means
         self.pixels = np.stack([face_pixels(dataset, face) for face in faces])  # (m, H, W, 3) uint8
@@ -53,7 +54,7 @@ class References:
         self.copy_distance = float(np.median(to_neighbours)) / 2 if len(to_neighbours) else math.nan
         others = measures.pairwise_distances(self.pixels)[~np.eye(len(faces), dtype=bool)]
         self.diversity = float(others.mean()) if len(others) else math.nan  # mean distance; NaN as above
-        texts = [dataset.faces[face].texts[-1] for face in faces]
+        texts = [dataset.texts[dataset.first_text[face]] for face in faces]
         self.clip_margin = float(measures.clip_margins(clip, self.pixels, texts).mean()) if clip else math.nan
 
 
@@ -263,9 +264,11 @@ class Evaluation:
         faces = [self.dataset.faces[face] for face in self.dataset.validation]
         if not faces:
             return None
-        images = (load_image(face.path, self.dataset.resolution) for face in faces)
+        crops = map(self.dataset.square_crop, self.dataset.validation)
+        images = (load_image(face.path, *crop) for face, crop in zip(faces, crops, strict=True))
         latents = torch.stack([encode_image(self.pipe.vae, image)[0] for image in images])
-        return self.judge_pictures(pictures.decode(self.pipe.vae, latents), [face.texts[-1] for face in faces])
+        texts = [self.dataset.texts[self.dataset.first_text[face]] for face in self.dataset.validation]
+        return self.judge_pictures(pictures.decode(self.pipe.vae, latents), texts)
 
     def write(self, folder: Path, lora: Score) -> str:
         """Write before_after.png and scores.json into `folder`; returns the table."""

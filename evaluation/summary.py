@@ -16,7 +16,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
     From here on a signal acts at once: all is saved, and the same command finishes.
     """
     run.bar.close()
-    with run.signals_act_at_once():
+    with run.signals_act_at_once(even_if_several=True):  # no process waits for another any more
         peak_mib = peak_memory_mib(run.device)
         if not run.is_main:
             return {}

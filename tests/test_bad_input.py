@@ -132,6 +132,8 @@ OUT_OF_RANGE = {
     "guidance_scale": ["0", "nan", "inf"],
     "save_every_n_epochs": ["-1"],
     "keep_checkpoints": ["0"],
+    "keep_tags": ["-1"],
+    "trigger_word": [" sks", "a\nb"],
     "seed": ["-1", str(2**64)],
     "num_workers": ["-1"],
 }
@@ -224,7 +226,6 @@ CAPTION_FILES = {  # content, words of the message
     "a name that is a number": (b'[{"image_name": 1, "captions": ["x"]}]', ["entry 1", "image_name"]),
     "a blank name": (b'[{"image_name": " ", "captions": ["x"]}]', ["entry 1", "image_name"]),
     "captions missing": (b'[{"image_name": "face0"}]', ["entry 1", "'face0'", "list of texts"]),
-    "captions a text": (b'[{"image_name": "face0", "captions": "x"}]', ["entry 1", "'face0'", "list of texts"]),
     "a caption of null": (b'[{"image_name": "face0", "captions": ["x", null]}]', ["entry 1", "list of texts"]),
     "half a character": (b'[{"image_name": "face0", "captions": ["\\ud83d"]}]', ["entry 1", "'face0'", "surrogate"]),
     "blank captions alone": (b'[{"image_name": "face0", "captions": [" "]}]', ["no usable face", "face0: no captions"]),
@@ -388,13 +389,30 @@ def test_help_lists_every_constant_with_its_comment_and_default(script, tmp_path
         assert f"--{field.name} " in words or f"--{field.name}," in words, field.name
         if not isinstance(field.default, tuple):
             assert f"[{field.default}]".replace(" ", "") in "".join(out.split()), field.name  # it wraps at hyphens
-    assert len(dataclasses.fields(script.TrainingConfig)) <= 42
+    assert len(dataclasses.fields(script.TrainingConfig)) <= 47
 
 
-def test_a_dry_run_reports_and_writes_nothing(script, place, tiny_base, capsys):
+def test_a_dry_run_reports_and_writes_its_page_alone(script, place, tiny_base, capsys):
     before = snapshot(place)
     assert exit_of(script, flags(place, tiny_base, "--dry_run"))[0] == 0
     shown = capsys.readouterr().out
-    for words in ("6 usable", "Texts over 77 tokens: 0", "Effective batch: 2 x 4 x 1 = 8", "nothing was written"):
+    for words in (
+        "6 usable",
+        "Texts over 77 tokens: 0",
+        "Effective batch: 2 x 4 x 1 = 8",
+        "only out/dataset.html was written",
+    ):
         assert words in shown
-    assert snapshot(place) == before
+    after = snapshot(place)
+    assert after.pop("out/dataset.html") and after.pop("out") is False and after == before
+
+
+def test_another_package_called_training_is_not_taken_for_ours(tmp_path):
+    """The folders beside the script are regular packages, and the script's folder comes first."""
+    for name in ("training", "evaluation"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('the other one')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "train_manga_lora.py"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import os
 import pathlib
 
 import pytest
+import safetensors
 import torch
 from conftest import exported, run
 
@@ -105,6 +106,14 @@ def test_the_reason_given_for_the_best_epoch_is_the_real_one(tiny_config, monkey
     assert summary["best_reason"].startswith(reason)
     best = json.loads(pathlib.Path(tiny_config.output_dir, "best.json").read_text())
     assert best["reason"] == summary["best_reason"] and (best["val_loss"] == "n/a") == (share == 0)
+
+
+def test_the_file_s_header_names_the_trigger_word_if_there_is_one(tiny_config):
+    for word in ("sks face", ""):
+        run(tiny_config, trigger_word=word, num_train_epochs=1, overwrite=True, validation_share=0.0)
+        file = pathlib.Path(tiny_config.output_dir, "pytorch_lora_weights.safetensors")
+        with safetensors.safe_open(file, "pt") as opened:
+            assert opened.metadata().get("modelspec.trigger_phrase", "") == word
 
 
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(tiny_config, monkeypatch):

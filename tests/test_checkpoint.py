@@ -87,3 +87,36 @@ def test_a_finished_run_says_so_and_more_epochs_go_on(tiny_config, capsys):
     summary = run(tiny_config, num_train_epochs=2)
     assert "cosine" in capsys.readouterr().out
     assert (summary["resumed_from_step"], summary["optimizer_steps"], summary["epochs_run"]) == (2, 4, 2)
+
+
+@pytest.mark.parametrize("lost", ["all", "the last row"])
+def test_a_boundary_whose_row_was_lost_is_still_validated(tiny_config, monkeypatch, lost):
+    """Ctrl-C in an epoch's last step, and then metrics.csv loses what was in it."""
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 2)
+        with pytest.raises(trainer.Stop, match="saved after step 2"):
+            run(tiny_config)
+    file = pathlib.Path(tiny_config.output_dir, "metrics.csv")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("" if lost == "all" else "".join(lines[:-1]))
+    run(tiny_config)
+    assert [row["val_loss"] != "" for row in metrics(tiny_config) if row["step"] == "1"] in ([], [False])
+
+
+def test_a_step_saved_again_costs_no_older_checkpoint(tmp_path):
+    for step in (4, 5, 5):
+        checkpoint.save_checkpoint(tmp_path, step, {"lora": torch.ones(3)}, {"step": step}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_less_patience_in_mid_epoch_still_ends_the_epoch(tiny_config, monkeypatch):
+    losses = iter([1.0, 0.5, 0.6, 0.7, 0.8])
+    monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.01))
+    config = dataclasses.replace(tiny_config, train_batch_size=1, num_train_epochs=5)
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 9)  # the first of epoch 3
+        with pytest.raises(trainer.Stop):
+            run(config)
+    summary = run(config, early_stopping_patience=1)
+    best = json.loads(pathlib.Path(config.output_dir, "best.json").read_text())
+    assert (summary["epochs_run"], summary["optimizer_steps"], best["epoch"], best["step"]) == (3, 12, 1, 4)

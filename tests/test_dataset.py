@@ -1,5 +1,6 @@
-"""dataset.py against references of its own: weights, drawing, hold-out, pixels, captions, cache. CPU, offline."""
+"""dataset.py against references of its own: drawing, hold-out, pixels, captions, cache. CPU, offline."""
 
+import hashlib
 import json
 import math
 import os
@@ -15,14 +16,14 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image, ImageOps
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 import dataset as dataset_module
-from dataset import MangaFaceDataset, load_image
-from training import encoding
+from dataset import MangaFaceDataset
+from training import encoding, pictures
 from training.base_model import find_tokenizer, load_text_encoder, load_vae
 from training.encoding import encode_faces, encode_texts, folder_identity
 from training.files import InputError
+from training.pictures import load_image
 
 CPU = torch.device("cpu")
 COMMON = "manga style, clean lineart, expressive face"
@@ -53,40 +54,6 @@ def manga(tmp_path_factory, demo_captions) -> MangaFaceDataset:
 
 
 # Weights ---------------------------------------------------------------------------------------------------------
-
-
-def raw_weights_by_hand(captions: list[list[str]]) -> np.ndarray:
-    """Mean over a face's distinct words of ln((1 + n) / (1 + df)) + 1, without scikit-learn's vectorizer."""
-    words = [
-        {word for text in texts for word in re.findall(r"\w\w+", text.lower()) if word not in ENGLISH_STOP_WORDS}
-        for texts in captions
-    ]
-    idf = {}
-    for word in set().union(*words):
-        df = sum(word in some for some in words)
-        idf[word] = math.log((1 + len(words)) / (1 + df)) + 1
-    return np.array([np.mean([idf[word] for word in some]) for some in words])
-
-
-@pytest.mark.parametrize(
-    ("low", "high"),
-    [(0.5, 2.0), (0.05, 50.0), (0.9, 1.1), (0.98, 3.0), (0.2, 1.02), (1.0, 9.0), (0.3, 1.0), (1e-9, 1e300)],
-)
-def test_weights_are_clipped_mean_idf_of_distinct_terms_with_mean_one(manga, monkeypatch, low, high):
-    monkeypatch.setattr(manga, "weight_min", low)
-    monkeypatch.setattr(manga, "weight_max", high)
-    raw = raw_weights_by_hand([manga.faces[index].captions for index in manga.train])
-    weights = manga._calculate_sample_weights()
-    assert weights.dtype == np.float64
-    assert abs(weights.mean() - 1) < 1e-9
-    assert low <= weights.min() and weights.max() <= high
-    between = (weights > low * (1 + 1e-12)) & (weights < high * (1 - 1e-12))
-    if between.any():  # those not clipped share one factor, and the clipped ones are clipped rightly
-        factor = (weights / raw)[between]
-        np.testing.assert_allclose(factor, factor[0], rtol=1e-9)
-        np.testing.assert_allclose(weights, np.clip(factor[0] * raw, low, high), rtol=1e-9)
-    else:
-        np.testing.assert_allclose(weights, 1, rtol=1e-9)
 
 
 def test_rare_terms_weigh_more_and_long_captions_of_common_words_do_not(tmp_path):
@@ -282,12 +249,6 @@ def test_resized_compressed_and_mirrored_pictures_stay_on_one_side_others_do_not
     assert any(held_out.issuperset(group) for group in faces.alike)
 
 
-def test_mean_idf_hardly_draws_the_demo_s_rare_attributes_more_often(manga):
-    for word in ("beard", "flowers", "freckles"):  # docs/how_it_works.md: 1.05 to 1.08 times
-        has = [any(word in caption for caption in manga.faces[index].captions) for index in manga.train]
-        assert 1.0 < manga.weights[has].mean() < 1.15, word
-
-
 def test_one_picture_many_times_over_is_never_the_hold_out(tmp_path):
     for number in range(4):  # whichever of the hashes comes first
         faces = make_faces(tmp_path / str(number), [COMMON] * 40)
@@ -314,7 +275,7 @@ def test_pictures_without_contrast_are_not_all_taken_for_one(tmp_path):
 
 def test_a_picture_that_memory_does_not_suffice_for_is_not_taken_for_a_bad_one(tmp_path, monkeypatch):
     faces = make_faces(tmp_path, [COMMON] * 3)
-    monkeypatch.setattr(dataset_module, "_upright_rgb", lambda path: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(dataset_module, "read_picture", lambda path: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         MangaFaceDataset(faces.dataset_dir, faces.json_file, 8)
 
@@ -355,7 +316,7 @@ def indexed() -> Image.Image:
 
 def check_pixels(path: Path, expected: np.ndarray, levels: int = 0) -> None:
     """load_image() at the picture's own size must give `expected` (0..255), to `levels` of 255."""
-    pixels = load_image(path, expected.shape[0])
+    pixels = load_image(path, None, expected.shape[:2])
     assert pixels.dtype == torch.float32 and pixels.shape == (3, *expected.shape[:2])
     assert pixels.min() >= -1 and pixels.max() <= 1
     got = (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
@@ -478,22 +439,23 @@ def test_of_an_animated_file_the_first_frame_counts(tmp_path, suffix):
     check_pixels(path, COLOUR.astype(float))
 
 
-def lanczos(size: int, target: int) -> np.ndarray:
-    """The (target, size) matrix of a three-lobed Lanczos filter, widened by the reduction, rows summing to 1."""
+def filter_matrix(size: int, target: int) -> np.ndarray:
+    """The (target, size) matrix of a three-lobed Lanczos filter, of a triangle to reduce; rows sum to 1."""
     scale = size / target
     centres = (np.arange(target) + 0.5) * scale
     distance = (np.arange(size) + 0.5 - centres[:, None]) / max(scale, 1)
     weights = np.where(abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
+    weights = np.maximum(1 - abs(distance), 0) if scale > 1 else weights
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize(("width", "height", "target"), [(48, 48, 16), (41, 30, 12), (9, 20, 24)])
-def test_the_centre_square_is_resized_by_lanczos(tmp_path, width, height, target):
+def test_the_centre_square_is_reduced_by_a_triangle_enlarged_by_lanczos(tmp_path, width, height, target):
     pixels = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    square, matrix = pixels[top : top + side, left : left + side].astype(float), lanczos(side, target)
+    square, matrix = pixels[top : top + side, left : left + side].astype(float), filter_matrix(side, target)
     rows = np.einsum("ij,hjc->hic", matrix, square).clip(0, 255).round()
     expected = np.einsum("ij,jwc->iwc", matrix, rows).clip(0, 255).round()
     check_pixels(tmp_path / "a.png", expected, 1)
@@ -502,24 +464,11 @@ def test_the_centre_square_is_resized_by_lanczos(tmp_path, width, height, target
 def test_dataset_items_are_the_training_faces(manga):
     item = manga[3]
     sample = manga.faces[manga.train[3]]
-    assert torch.equal(item["pixel_values"], load_image(sample.path, 8))
-    assert item["captions"] == sample.texts and item["weight"] == manga.weights[3]
+    assert torch.equal(item["pixel_values"], load_image(sample.path, None, (8, 8)))
+    assert item["captions"] == sample.captions and item["weight"] == manga.weights[3]
 
 
 # Captions --------------------------------------------------------------------------------------------------------
-
-
-def test_texts_are_the_captions_and_their_join_and_the_empty_text_comes_first(tmp_path):
-    faces = make_faces(tmp_path, [["Long hair. ", "smile,", "  "], "scar", ["scar"], ["scar", "hat"]])
-    assert [sample.texts for sample in faces.faces] == [
-        ("Long hair.", "smile,", "Long hair, smile"),
-        ("scar",),
-        ("scar",),
-        ("scar", "hat", "scar, hat"),
-    ]
-    assert faces.texts == ["", "Long hair.", "smile,", "Long hair, smile", "scar", "hat", "scar, hat"]
-    for sample, indices in zip(faces.faces, faces.text_indices, strict=True):
-        assert tuple(faces.texts[index] for index in indices) == sample.texts
 
 
 def test_entries_of_one_image_are_merged_and_a_bom_is_no_error(tmp_path):
@@ -561,6 +510,24 @@ def test_the_fingerprint_changes_with_a_pixel_or_a_caption_only(tmp_path):
     assert make_faces(tmp_path, [COMMON, "hat"], seed=3, validation_share=0).fingerprint == prints[0]
 
 
+def test_the_fingerprint_of_faces_without_repeats_is_the_former_version_s(tmp_path):
+    faces = make_faces(tmp_path, [["long_hair, smile, 1girl"], ["hat, scar, 1boy", "short_hair, ^_^, cap"]])
+    assert faces.kind == "tags"
+    former = [
+        (face.name, face.sha256, json.loads((tmp_path / "captions.json").read_text())[number]["captions"])
+        for number, face in enumerate(faces.faces)
+    ]
+    assert faces.fingerprint == hashlib.sha256(json.dumps(former).encode()).hexdigest()
+    (tmp_path / "captions.json").unlink()
+    prints = []
+    for folder in ("1_x", "2_x", "3_x"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(tmp_path / "face000.png", tmp_path / folder)
+        prints.append(MangaFaceDataset(tmp_path, tmp_path / "gone.json", 8, validation_share=0).fingerprint)
+        shutil.rmtree(tmp_path / folder)
+    assert len(set(prints)) == 3
+
+
 # What can't be used ----------------------------------------------------------------------------------------------
 
 
@@ -577,7 +544,7 @@ def test_unusable_files_are_skipped_counted_and_named(tmp_path):
     (tmp_path / "face005.png").mkdir()
     (tmp_path / "face006.png").unlink()
     (tmp_path / "face006.png").symlink_to("face006.png")  # a link to itself
-    Image.fromarray(COLOUR).save(tmp_path / "face007.png", format="GIF")  # a format that isn't read, renamed
+    Image.fromarray(COLOUR).save(tmp_path / "face007.png", format="TGA")  # a format that isn't read, renamed
     (tmp_path / "stray.webp").write_bytes(whole)
     entries = json.loads((tmp_path / "captions.json").read_text())
     entries[8]["captions"] = [" ", ""]
@@ -595,14 +562,14 @@ def test_unusable_files_are_skipped_counted_and_named(tmp_path):
 def test_an_image_on_which_the_decoder_trips_is_skipped_too(tmp_path, monkeypatch):
     """Found by flipping bytes in files: Pillow's EXIF code raises struct.error, which is no ValueError."""
     faces = make_faces(tmp_path, [COMMON] * 5)
-    real = dataset_module.ImageOps.exif_transpose
+    real = pictures.ImageOps.exif_transpose
 
     def trip(image):
         if image.filename.endswith("face002.png"):
             raise struct.error("required argument is not an integer")
         return real(image)
 
-    monkeypatch.setattr(dataset_module.ImageOps, "exif_transpose", trip)
+    monkeypatch.setattr(pictures.ImageOps, "exif_transpose", trip)
     faces = MangaFaceDataset(tmp_path, faces.json_file, 8)
     assert len(faces.faces) == 4
     assert faces.skipped == ["face002.png: required argument is not an integer"]
@@ -676,7 +643,7 @@ def test_cached_latents_equal_the_vae_and_nothing_unchanged_is_encoded_again(tmp
     vae = load_vae(tiny_base, CPU)
     with torch.no_grad():
         for index, sample in enumerate(few.faces):
-            posterior = vae.encode(load_image(sample.path, 16)[None]).latent_dist
+            posterior = vae.encode(load_image(sample.path, None, (16, 16))[None]).latent_dist
             assert torch.equal(mean[index], posterior.mean[0] * vae.config.scaling_factor)
             assert torch.equal(std[index], posterior.std[0] * vae.config.scaling_factor)
     again = encode_faces(few, cache, identity, forbidden)

@@ -173,15 +173,15 @@ def test_what_a_step_draws_depends_on_seed_and_step_alone(precise):
 
 def test_timesteps_are_stratified_and_captions_come_from_the_face(precise):
     _, _, dataset, _, _ = precise
-    joined = dropped = 0
+    last = dropped = 0
     for step in range(200):
         window = denoising.draw_batch(dataset, range(8), 0, step, LATENT_SHAPE, 1000, 0.1)
         assert sorted((window.timesteps // 125).tolist()) == list(range(8))
         for face, text in zip(window.faces.tolist(), window.texts.tolist(), strict=True):
             assert text == 0 or text in dataset.text_indices[face]
             dropped += text == 0
-            joined += text == dataset.text_indices[face][-1]
+            last += text == dataset.text_indices[face][-1]
     assert abs(dropped / 1600 - 0.1) < 0.03
     variants = sum(1 / len(dataset.text_indices[face]) for face in window.faces.tolist()) / 8
-    assert abs(joined / 1600 - 0.9 * variants) < 0.04
+    assert abs(last / 1600 - 0.9 * variants) < 0.04
     assert (denoising.draw_batch(dataset, range(50), 0, 0, LATENT_SHAPE, 1000, 0.0).texts > 0).all()

@@ -20,12 +20,13 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy.stats import wasserstein_distance
 from sklearn.metrics import balanced_accuracy_score
 
-from dataset import MangaFaceDataset, load_image
+from dataset import MangaFaceDataset
 from evaluation import measures, pictures
 from evaluation.best_epoch import choose_best
 from evaluation.measures import ATTRIBUTES, LINE_ART, asked_for, kernel, line_art
 from evaluation.score import POINTS, Evaluation, Score, values
 from train_manga_lora import DEMO, TrainingConfig
+from training.pictures import load_image
 
 DEMO_LORA = ROOT / "tests" / "demo_lora"
 
@@ -309,7 +310,7 @@ def test_base_below_a_quarter_of_the_training_below_all_of_it_below_real_faces(j
 def test_the_judge_of_attributes_sees_in_real_faces_what_their_captions_say(judged):
     evaluation, *_ = judged
     faces = [evaluation.dataset.faces[face] for face in evaluation.dataset.train[:100]]
-    pixels = torch.stack([load_image(face.path, 64) for face in faces])
+    pixels = torch.stack([load_image(face.path, None, (64, 64)) for face in faces])
     vae = evaluation.pipe.vae
     with torch.no_grad():
         drawn = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in pixels.split(10)])

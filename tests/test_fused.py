@@ -176,7 +176,16 @@ def without_bias_of_the_base(self, attn, names, x):
     return tuple(self.lora[name](x) for name in names)
 
 
-plain_forward = LoRALinearLayer.forward
+def mean_over_tokens(self, x):
+    assert x.ndim == 3  # as in training
+    return plain_forward(self, x - x.mean(1, keepdim=True))
+
+
+def by_heads(self, attn, names, x):
+    return tuple(part / attn.scale for part in plain_project(self, attn, names, x))  # which a toy attention lacks
+
+
+plain_forward, plain_project = LoRALinearLayer.forward, LoRAAttnProcessor.project
 
 
 @pytest.mark.parametrize(
@@ -184,7 +193,9 @@ plain_forward = LoRALinearLayer.forward
     [
         (LoRALinearLayer, "forward", double),
         (LoRALinearLayer, "forward", with_dropout),
+        (LoRALinearLayer, "forward", mean_over_tokens),
         (LoRAAttnProcessor, "project", without_bias_of_the_base),
+        (LoRAAttnProcessor, "project", by_heads),
     ],
 )
 def test_a_changed_plain_formula_is_never_replaced(pristine_unet, batch, monkeypatch, owner, name, change):
@@ -208,3 +219,11 @@ def test_the_comparison_draws_nothing_from_the_global_generator(pristine_unet):
 @pytest.mark.parametrize("rank, alpha", [(1, 1), (4, 8), (64, 2048), (128, 64)])
 def test_the_comparison_passes_at_every_rank_and_scale(pristine_unet, rank, alpha):
     assert fuse_lora(with_lora(pristine_unet, rank, alpha))
+
+
+def test_layers_of_unequal_scale_are_not_fused_and_no_grad_is_no_matter(pristine_unet):
+    unequal = with_lora(pristine_unet)
+    next(iter(lora_modules(unequal).values())).scale *= 3
+    assert not fuse_lora(unequal)
+    with torch.no_grad():
+        assert fuse_lora(with_lora(pristine_unet))

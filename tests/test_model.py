@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-import pathlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import exported, run, signal_at_step
-from safetensors.torch import load_file
 
 import train_manga_lora as trainer
 from dataset import MangaFaceDataset
@@ -183,32 +181,62 @@ def test_a_change_of_the_plain_lora_formula_changes_the_training_step(tiny_base,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_rehearsal_changes_nothing_and_leaves_adam_its_memory(tiny_base, one_batch, dtype):
+def test_the_rehearsal_changes_nothing(tiny_base, one_batch, dtype):
     built, reference = build(tiny_base, CONFIG, dtype), build(tiny_base, CONFIG, dtype)
     encoded, batch, share = one_batch
     encoded = dataclasses.replace(encoded, text_embeddings=encoded.text_embeddings.to(dtype))
     before, scale = built.weights.detach().clone(), built.scaler.state_dict()
     model.rehearse(built, encoded, batch, share)
     assert torch.equal(built.weights, before) and built.scaler.state_dict() == scale
-    state = built.optimizer.state[built.weights]
-    assert state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
     for either in (built, reference):
         for _ in range(3):
             trainer.train_step(either, encoded, batch, share, 2e-3, CONFIG)
     assert torch.equal(built.weights, reference.weights)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_any_optimizer_is_saved_killed_and_resumed(tiny_config, monkeypatch, momentum):
-    """SGD in AdamW's place: an interrupted run ends with the bytes of one that wasn't."""
+@pytest.mark.parametrize("options", [{"fused": True, "momentum": 0.9}, {"momentum": 0.9}, {}])
+def test_the_rehearsal_changes_nothing_for_sgd_either(tiny_base, one_batch, options):
+    """The fused kernel leaves a momentum buffer of a first bad step uninitialised."""
+    built, reference = build(tiny_base, CONFIG), build(tiny_base, CONFIG)
+    for either in (built, reference):
+        either.optimizer = torch.optim.SGD([either.weights], lr=1.0, **options)
+    model.rehearse(built, *one_batch)
+    for either in (built, reference):
+        for _ in range(2):
+            trainer.train_step(either, *one_batch, 0.1, CONFIG)
+    assert torch.equal(built.weights, reference.weights) and built.weights.isfinite().all()
 
-    def with_sgd(*arguments):
+
+class Counting(torch.optim.SGD):
+    """Keeps a number among its settings, as schedule-free optimizers do: each step is larger than the one before."""
+
+    def step(self, closure=None):
+        group = self.param_groups[0]
+        group["k"] = group.get("k", 0) + 1
+        group["lr"] *= group["k"]
+        super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda weights: torch.optim.SGD(weights, lr=1.0),
+        lambda weights: torch.optim.SGD(weights, lr=1.0, momentum=0.9, fused=True),
+        lambda weights: torch.optim.RMSprop(weights, momentum=0.5),
+        lambda weights: Counting(weights, lr=1.0),
+    ],
+    ids=["sgd", "momentum", "rmsprop", "counting"],
+)
+def test_any_optimizer_is_saved_killed_and_resumed(tiny_config, monkeypatch, optimizer):
+    """In AdamW's place: an interrupted run ends with the bytes of one that wasn't."""
+
+    def with_another(*arguments):
         built = model.build_model(*arguments)
-        built.optimizer = torch.optim.SGD([built.weights], lr=1.0, momentum=momentum)
+        built.optimizer = optimizer([built.weights])
         return built
 
-    monkeypatch.setattr(trainer, "build_model", with_sgd)
-    config = dataclasses.replace(tiny_config, train_batch_size=1, learning_rate=0.5)
+    monkeypatch.setattr(trainer, "build_model", with_another)
+    config = dataclasses.replace(tiny_config, train_batch_size=1, learning_rate=0.05)
     run(config, output_dir=config.output_dir + "-uninterrupted")
     with monkeypatch.context() as patch:
         signal_at_step(patch, 6)
@@ -217,5 +245,3 @@ def test_any_optimizer_is_saved_killed_and_resumed(tiny_config, monkeypatch, mom
     assert run(config)["resumed_from_step"] == 6
     before = exported(dataclasses.replace(config, output_dir=config.output_dir + "-uninterrupted"))
     assert exported(config) == before
-    newest = pathlib.Path(config.output_dir, "checkpoints", "step-000012", "state.safetensors")
-    assert sorted(load_file(newest)) == ["lora", *(["optimizer.momentum_buffer"] if momentum else [])]

@@ -251,7 +251,7 @@ def test_a_resumed_run_that_draws_anew_would_be_noticed(config, undisturbed, mon
 
 # Every other phase. Saved: after which step, None if there is nothing yet, or all has been saved before.
 PHASES = {
-    "reading faces": (dataset, "_upright_rgb", 3, None),
+    "reading faces": (dataset, "read_picture", 3, None),
     "encoding faces": (encoding, "encode_image", 3, None),
     "encoding texts": (encoding, "encode_text", 1, None),
     "the first validation": (trainer, "validate", 1, 0),
@@ -963,7 +963,7 @@ def test_a_finished_run_and_a_dry_run_need_no_lock(plain, undisturbed, tmp_path,
     monkeypatch.setattr(folder_module.FolderLock, "take", lambda *_: pytest.fail("the folder was locked"))
     trainer.main(plain)
     trainer.main(dataclasses.replace(plain, output_dir=str(tmp_path / "out"), dry_run=True))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "dataset.html"]
 
 
 # Changed mind ----------------------------------------------------------------------------------------------------
@@ -1002,7 +1002,7 @@ def test_each_constant_is_allowed_to_change_or_refused_by_its_name(two_checkpoin
     run = json.loads((folder / "config.json").read_text())
     value = another(getattr(config, name))
     run["constants"] |= {name: value}
-    ask = lambda: folder_module.check_output_folder(folder, run, trainer.MAY_CHANGE_ON_RESUME, False)  # noqa: E731
+    ask = lambda: folder_module.check_output_folder(folder, run, trainer.MAY_CHANGE_ON_RESUME, False, {})  # noqa: E731
     if name in MAY_CHANGE:
         assert ask() == "resume"
     else:
@@ -1013,12 +1013,29 @@ def test_each_constant_is_allowed_to_change_or_refused_by_its_name(two_checkpoin
 
 
 @pytest.mark.promise("What may change on resume may, all else is refused by name")
+@pytest.mark.parametrize("name", trainer.FORMER)
+def test_a_constant_that_a_former_version_lacked_counts_as_it_behaved(two_checkpoints, tmp_path, name):
+    former = json.loads((two_checkpoints[1] / "config.json").read_text())
+    now = json.loads(json.dumps(former))
+    now["constants"] |= trainer.FORMER
+    former["constants"] = {key: value for key, value in former["constants"].items() if key not in trainer.FORMER}
+    folder = tmp_path / "former"
+    shutil.copytree(two_checkpoints[1], folder)
+    (folder / "config.json").write_text(json.dumps(former))
+    rules = (trainer.MAY_CHANGE_ON_RESUME, False, trainer.FORMER)
+    assert folder_module.check_output_folder(folder, now, *rules) == "resume"
+    now["constants"][name] = another(trainer.FORMER[name])
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name} was {trainer.FORMER[name]!r}, is"):
+        folder_module.check_output_folder(folder, now, *rules)
+
+
+@pytest.mark.promise("What may change on resume may, all else is refused by name")
 @pytest.mark.parametrize("name", ["data", "processes", "precision"])
 def test_another_data_set_and_other_hardware_are_refused_by_name(two_checkpoints, name):
     run = json.loads((two_checkpoints[1] / "config.json").read_text())
     with pytest.raises(checkpoint.CheckpointError, match=f"{name} was "):
         folder_module.check_output_folder(
-            two_checkpoints[1], run | {name: "other"}, trainer.MAY_CHANGE_ON_RESUME, False
+            two_checkpoints[1], run | {name: "other"}, trainer.MAY_CHANGE_ON_RESUME, False, {}
         )
 
 

@@ -272,11 +272,11 @@ def test_every_ingredient_can_be_switched_off(tiny_config, capsys):
     assert "x 1.00000000" in output  # the whole run's weight decay
 
 
-def test_a_dry_run_writes_nothing(tiny_config, capsys):
+def test_a_dry_run_writes_its_page_alone(tiny_config, capsys):
     assert run(tiny_config, dry_run=True) == {}
     output = capsys.readouterr().out
     assert "2 x 4 x 1 = 8" in output and "2 per epoch x 3 epochs = 6" in output and "Weight range" in output
-    assert not os.path.exists(tiny_config.output_dir) and not os.path.exists(tiny_config.cache_dir)
+    assert os.listdir(tiny_config.output_dir) == ["dataset.html"] and not os.path.exists(tiny_config.cache_dir)
 
 
 @pytest.fixture

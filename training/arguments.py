@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 
 from training.files import Stop
+from training.layouts import may_hold_captions
+
+SHIPPED_JSON = "faces_dataset/modified_face_250.json"  # goes along with dataset_dir if that alone is edited
 
 
 def parse_arguments(arguments: list[str], constants: type, script: str, demo: dict):
@@ -40,9 +43,11 @@ def parse_arguments(arguments: list[str], constants: type, script: str, demo: di
     given = vars(parser.parse_args(arguments))
     if "sample_prompts" in given:
         given["sample_prompts"] = tuple(given["sample_prompts"])
+    in_folder = lambda folder: {"json_file": str(Path(folder) / Path(constants.json_file).name)}  # noqa: E731
+    edited = in_folder(constants.dataset_dir) if constants.json_file == SHIPPED_JSON else {}  # dataset_dir alone
     if "dataset_dir" in given and "json_file" not in given:  # the caption file is looked for in the folder
-        given["json_file"] = str(Path(given["dataset_dir"]) / Path(constants.json_file).name)
-    return dataclasses.replace(constants(), **((demo if given.get("demo", constants.demo) else {}) | given))
+        given |= in_folder(given["dataset_dir"])
+    return dataclasses.replace(constants(), **(edited | (demo if given.get("demo", constants.demo) else {}) | given))
 
 
 def check_config(config) -> None:
@@ -83,11 +88,15 @@ def check_config(config) -> None:
     check("in (0, 1], as the weights' mean is 1", lambda v: 0 < v <= 1, "weight_min")
     check("at least 1, as the weights' mean is 1", lambda v: 1 <= v < math.inf, "weight_max")
     check('"sampling", "loss" or "off"', ("sampling", "loss", "off").__contains__, "weighting")
+    check("0 or more", lambda v: v >= 0, "keep_tags")
+    check("printable, and without blanks at its ends", lambda v: v.isprintable() and v == v.strip(), "trigger_word")
+    check('"buckets" or "square"', ("buckets", "square").__contains__, "framing")
     check('"fp16", "bf16" or "no"', ("fp16", "bf16", "no").__contains__, "mixed_precision")
     check('"auto", "on" or "off"', ("auto", "on", "off").__contains__, "gradient_checkpointing")
     if not Path(config.dataset_dir).is_dir():
         remedy = "put your faces there, set dataset_dir at the top of train_manga_lora.py, or see it work first"
         command = "python train_manga_lora.py --demo"
         raise Stop(2, f"dataset_dir={config.dataset_dir!r} is not a folder: {remedy}: {command}")
-    if not Path(config.json_file).is_file():
-        raise Stop(2, f"json_file={config.json_file!r} is not a file: set json_file to your captions")
+    if not Path(config.json_file).is_file() and not may_hold_captions(config.dataset_dir):
+        none = f"{config.dataset_dir} holds no image.txt, metadata.jsonl or 10_name folder either"
+        raise Stop(2, f"json_file={config.json_file!r} is not a file, and {none}: set json_file to your captions")

@@ -64,11 +64,8 @@ def _read_config(path: Path) -> dict:
         raise BaseModelError(f"the base's {path} is damaged: get the base again") from None
 
 
-def check_resolution(resolution: int, base: Path) -> None:
-    """The picture must survive every halving of the VAE and the UNet, and leave the middle block more than one token.
-
-    Raises BaseModelError: it isn't a multiple of 64 (SD1.5) or is below 128; names the nearest that will do.
-    """
+def resolution_unit(base: Path) -> int:
+    """What a picture's sides must be multiples of, to survive every halving of the VAE and the UNet: SD1.5's is 64."""
     halvings = 0
     for part in ("vae", "unet"):
         path = base / part / "config.json"
@@ -76,7 +73,28 @@ def check_resolution(resolution: int, base: Path) -> None:
         if not isinstance(blocks, list) or not blocks:
             raise BaseModelError(f"the base's {path} has block_out_channels={blocks!r}: get the base again")
         halvings += len(blocks) - 1
-    unit = 2**halvings
+    return 2**halvings
+
+
+def find_unit(pretrained_model: str) -> int:
+    """The base's resolution_unit() if it is on this machine and whole, else SD1.5's."""
+    from huggingface_hub import try_to_load_from_cache
+
+    base = Path(pretrained_model)
+    try:
+        if not base.is_dir():
+            base = Path(try_to_load_from_cache(pretrained_model, "unet/config.json")).parent.parent
+        return resolution_unit(base)
+    except (BaseModelError, TypeError, ValueError):  # found out when it is needed
+        return 64
+
+
+def check_resolution(resolution: int, base: Path) -> None:
+    """Every side must be a multiple of the base's unit, and leave the UNet's middle block more than one token.
+
+    Raises BaseModelError: it isn't a multiple of 64 (SD1.5) or is below 128; names the nearest that will do.
+    """
+    unit = resolution_unit(base)
     if resolution % unit or resolution < 2 * unit:  # attention over a single token has nothing to choose from
         near = max(2, round(resolution / unit)) * unit
         rule = f"a multiple of {unit}, at least {2 * unit}, for this base"

@@ -90,7 +90,7 @@ class TrainingState:
     @property
     def is_validated(self) -> bool:
         """Whether this epoch boundary has been dealt with."""
-        return bool(self.history) and self.history[-1].epoch == self.epoch
+        return self.at_epoch_boundary and bool(self.history) and self.history[-1].epoch == self.epoch
 
     @property
     def start_loss(self) -> float | None:
@@ -108,7 +108,7 @@ class TrainingState:
         return self.history[-1].epoch - self.best.epoch if self.best else 0
 
     def is_finished(self, config) -> bool:
-        """All epochs run, or patience lost."""
+        """All epochs run, or early stopping triggered."""
         patience = config.early_stopping_patience
         return self.epoch >= config.num_train_epochs or 0 < patience <= self.epochs_without_improvement
 
@@ -138,7 +138,8 @@ def save_state(run, config, model, state: TrainingState) -> None:
         own = next(iter(model.optimizer.state_dict()["state"].values()), {})
         tensors = {f"optimizer.{name}": value for name, value in own.items() if torch.is_tensor(value)}
         others = {name: value for name, value in own.items() if not torch.is_tensor(value)}
-        values = {"format": FORMAT, "scaler": model.scaler.state_dict(), "optimizer": others}
+        group = {name: value for name, value in model.optimizer.param_groups[0].items() if name != "params"}
+        values = {"format": FORMAT, "scaler": model.scaler.state_dict(), "optimizer": others, "group": group}
         tensors, values = {"lora": model.weights} | tensors, values | dataclasses.asdict(state)
         save_checkpoint(run.output / "checkpoints", state.step, tensors, values, config.keep_checkpoints)
     run.barrier()
@@ -149,13 +150,18 @@ def load_state(tensors: dict[str, torch.Tensor], values: dict, model) -> Trainin
     weights = tensors.pop("lora", None)
     if weights is None or weights.shape != model.weights.shape:
         raise CheckpointError(OTHER_VERSION)
-    del values["format"]
+    own = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()}
+    try:
+        scaler, others, group = (values.pop(name) for name in ("scaler", "optimizer", "group"))
+        del values["format"]
+        state = TrainingState(**values | {"history": [Validated(*entry) for entry in values["history"]]})
+    except (KeyError, TypeError):
+        raise CheckpointError(OTHER_VERSION) from None
     model.weights.data.copy_(weights)
-    model.scaler.load_state_dict(values.pop("scaler"))
-    own = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()} | values.pop("optimizer")
-    groups = model.optimizer.state_dict()["param_groups"]
-    model.optimizer.load_state_dict({"state": {0: own} if own else {}, "param_groups": groups})
-    return TrainingState(**values | {"history": [Validated(*entry) for entry in values["history"]]})
+    model.scaler.load_state_dict(scaler)
+    groups = [model.optimizer.state_dict()["param_groups"][0] | group]
+    model.optimizer.load_state_dict({"state": {0: own | others} if own or others else {}, "param_groups": groups})
+    return state
 
 
 def resume_state(run, config, model, new: TrainingState) -> TrainingState:
@@ -216,7 +222,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` (>= 1), and what a newer one of the same step has replaced."""
     found = list_checkpoints(folder)
-    for path in found[:-keep] + [path for path in found[-keep:-1] if path.suffix]:
+    replaced = [path for path in found if path.suffix and path.with_suffix("") in found]
+    for path in replaced + [path for path in found if path not in replaced][:-keep]:
         files.discard(path)
 
 

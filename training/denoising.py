@@ -27,15 +27,27 @@ class Batch:
     faces: torch.Tensor  # (n,) faces
     texts: torch.Tensor  # (n,) indices into dataset.texts; 0 is ""
     timesteps: torch.Tensor  # (n,)
-    noise: torch.Tensor  # (n, C, h, w)
-    posterior_noise: torch.Tensor  # (n, C, h, w): which latent of the VAE's posterior
+    noise: torch.Tensor | list[torch.Tensor]  # (n, C, h, w); n of (C, h, w) if the images' shapes differ
+    posterior_noise: torch.Tensor | list[torch.Tensor]  # the same: which latent of the VAE's posterior
     loss_weights: torch.Tensor  # (n,)
 
     def __len__(self) -> int:
         return len(self.faces)
 
+    def of_one_shape(self, images: torch.Tensor) -> list["Batch"]:
+        """These images in batches of one shape each, so that they can pass together."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for image in images.tolist():
+            by_shape.setdefault(self.noise[image].shape, []).append(image)
+
+        def take(values, chosen: list[int]) -> torch.Tensor:
+            return values[chosen] if torch.is_tensor(values) else torch.stack([values[image] for image in chosen])
+
+        columns = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [Batch(*(take(values, chosen) for values in columns)) for chosen in by_shape.values()]
+
     def to(self, device: torch.device) -> "Batch":
-        """On a GPU without waiting for it: the copies queue up behind the step that is still being computed."""
+        """All of one shape. On a GPU without waiting for it: the copies queue up behind the step still under way."""
         tensors = [getattr(self, field.name) for field in dataclasses.fields(self)]
         if device.type == "cuda":
             tensors = [tensor.pin_memory() for tensor in tensors]
@@ -48,13 +60,19 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def draw_batch(
-    dataset: MangaFaceDataset, positions, seed: int, step: int, latent_shape: tuple, num_timesteps: int, dropout: float
+    dataset: MangaFaceDataset,
+    positions,
+    seed: int,
+    step: int,
+    latent_shape: tuple | list[tuple],
+    num_timesteps: int,
+    dropout: float,
 ) -> Batch:
     """Draw captions, timesteps and noise for the training faces at `positions`, from (seed, step) alone.
 
     Args:
         positions: n of dataset.epoch_order()'s values.
-        latent_shape: (C, h, w).
+        latent_shape: (C, h, w), or a list with that of each face.
         dropout: share of the captions replaced by "", in [0, 1].
     """
     count, generator = len(positions), seeded(seed, 3, step)
@@ -66,10 +84,17 @@ def draw_batch(
     # Stratified timesteps: one from each n-th of the noise schedule, so a step's loss says more and varies less.
     strata = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     timesteps = (strata / count * num_timesteps).long().clamp(max=num_timesteps - 1)
-    noise = torch.randn(count, *latent_shape, generator=generator)
-    posterior_noise = torch.randn(count, *latent_shape, generator=generator)
+    shapes = [latent_shape[face] if isinstance(latent_shape, list) else latent_shape for face in faces.tolist()]
+    noise, posterior_noise = (_draw_noise(shapes, generator) for _ in range(2))
     loss_weights = torch.from_numpy(dataset.loss_weights()[list(positions)]).float()
     return Batch(faces, texts, timesteps, noise, posterior_noise, loss_weights)
+
+
+def _draw_noise(shapes: list[tuple], generator: torch.Generator) -> torch.Tensor | list[torch.Tensor]:
+    """Normal noise of these shapes: one tensor if they are all the same, else one per shape."""
+    if len(set(shapes)) == 1:
+        return torch.randn(len(shapes), *shapes[0], generator=generator)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise) -> torch.Tensor:
@@ -93,25 +118,26 @@ def accumulate_gradients(
 
     The batch's loss is the sum over its images of weight x denoising loss, over the number of images really in it:
     an epoch's last, partial batch counts each image as much as the others do, and neither the micro-batch nor the
-    number of processes changes the step.
+    number of processes changes the step. Images of different shapes pass one shape after the other.
 
     Args:
         share: which of the batch's n images are this process's.
         micro_batch: images per pass through the UNet.
         scaler: a GradScaler; the gradient is times its scale.
     """
-    device, count = encoded.latent_mean.device, len(batch)
-    mine = Batch(*(getattr(batch, field.name)[share] for field in dataclasses.fields(batch))).to(device)
+    device, count = encoded.latent_mean[0].device, len(batch)
     total = torch.zeros((), device=device)
-    for start in range(0, len(mine), micro_batch):
-        part = slice(start, start + micro_batch)
-        faces = mine.faces[part]
-        latents = encoded.latent_mean[faces] + encoded.latent_std[faces] * mine.posterior_noise[part]
-        text_embeddings = encoded.text_embeddings[mine.texts[part]]
-        losses = denoising_losses(unet, scheduler, latents, text_embeddings, mine.timesteps[part], mine.noise[part])
-        loss = (losses * mine.loss_weights[part]).sum() / count
-        scaler.scale(loss).backward()
-        total = total + loss.detach()
+    for alike in batch.of_one_shape(share):
+        faces, mine = alike.faces.tolist(), alike.to(device)  # from the device the faces' numbers would be waited for
+        for start in range(0, len(mine), micro_batch):
+            part = slice(start, start + micro_batch)
+            mean, std = encoded.posteriors(faces[part])
+            latents = mean + std * mine.posterior_noise[part]
+            text_embeddings = encoded.text_embeddings[mine.texts[part]]
+            losses = denoising_losses(unet, scheduler, latents, text_embeddings, mine.timesteps[part], mine.noise[part])
+            loss = (losses * mine.loss_weights[part]).sum() / count
+            scaler.scale(loss).backward()
+            total = total + loss.detach()
     return total
 
 
@@ -165,14 +191,14 @@ def validate(
 ) -> tuple[float, float] | None:
     """(mean, its standard error) of the denoising loss over the held-out faces, the same noise every time.
 
-    Joined captions, 8 timestep strata per face. The training loss mostly tells which timesteps were drawn; this one
-    moves only when the weights do. Its standard error is that of other faces, not of other noise.
+    The first pack of captions, 8 timestep strata per face. The training loss mostly tells which timesteps were drawn;
+    this one moves only when the weights do. Its standard error is that of other faces, not of other noise.
 
     Args:
         process: (rank, number of processes): each takes its share of the faces.
         is_stopping: asked before each face; once it says yes, None is returned.
     """
-    device, count = encoded.latent_mean.device, len(dataset.validation)
+    device, count = encoded.latent_mean[0].device, len(dataset.validation)
     of_faces = torch.zeros(count, dtype=torch.float64)
     for position in range(process[0], count, process[1]):
         if is_stopping():
@@ -180,9 +206,9 @@ def validate(
         face, generator = dataset.validation[position], seeded(seed, 4, position)
         strata = torch.arange(VALIDATION_STRATA) + torch.rand(VALIDATION_STRATA, generator=generator)
         timesteps = (strata / VALIDATION_STRATA * scheduler.config.num_train_timesteps).long().to(device)
-        noise = torch.randn(VALIDATION_STRATA, *encoded.latent_mean.shape[1:], generator=generator).to(device)
+        noise = torch.randn(VALIDATION_STRATA, *encoded.latent_mean[face].shape, generator=generator).to(device)
         latents = encoded.latent_mean[face].expand_as(noise)
-        text_embeddings = encoded.text_embeddings[dataset.text_indices[face][-1]].expand(VALIDATION_STRATA, -1, -1)
+        text_embeddings = encoded.text_embeddings[dataset.first_text[face]].expand(VALIDATION_STRATA, -1, -1)
         losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
         of_faces[position] = losses.cpu().double().mean()  # on the CPU: not every device has float64
     of_faces = of_faces.float().to(device)

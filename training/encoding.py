@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -17,12 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-from dataset import MangaFaceDataset, load_image
+from dataset import MangaFaceDataset
 from training.base_model import load_text_encoder, load_vae
 from training.files import TEMPORARY, InputError, sha256_of, write_atomic
 from training.memory import free_memory
+from training.pictures import load_image
 
-ENCODING_VERSION = 2  # raise it when load_image or the encoding changes: old cache entries are then ignored
+ENCODING_VERSION = 3  # raise it when load_image or the encoding changes: old cache entries are then ignored
 TEXT_BATCH = 32  # texts encoded at a time
 
 
@@ -30,17 +32,23 @@ TEXT_BATCH = 32  # texts encoded at a time
 class EncodedDataset:
     """Every face and text as the UNet sees them, in the order of `faces` and `texts`.
 
-    Shape: latent_mean, latent_std (faces, C, h, w) float32, already times the VAE's scaling factor;
-    text_embeddings (texts, T, D).
+    Shape: latent_mean, latent_std (faces, C, h, w) float32, already times the VAE's scaling factor; lists of
+    (C, h, w) if the faces' shapes differ. text_embeddings (texts, T, D).
     """
 
-    latent_mean: torch.Tensor
-    latent_std: torch.Tensor
+    latent_mean: torch.Tensor | list[torch.Tensor]
+    latent_std: torch.Tensor | list[torch.Tensor]
     text_embeddings: torch.Tensor
 
     def to(self, device: torch.device) -> "EncodedDataset":
-        tensors = (self.latent_mean, self.latent_std, self.text_embeddings)
-        return EncodedDataset(*(tensor.to(device) for tensor in tensors))
+        def move(tensors):
+            return tensors.to(device) if torch.is_tensor(tensors) else [tensor.to(device) for tensor in tensors]
+
+        return EncodedDataset(*map(move, (self.latent_mean, self.latent_std, self.text_embeddings)))
+
+    def posteriors(self, faces: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents of b faces of one shape. Shape: two of (b, C, h, w)."""
+        return tuple(torch.stack([latents[face] for face in faces]) for latents in (self.latent_mean, self.latent_std))
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,10 @@ class Data:
     encoded: EncodedDataset
     prompts: torch.Tensor  # (1 + sample_prompts, T, D), that of "" first
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        return tuple(self.encoded.latent_mean.shape[1:])
+    @cached_property
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """(C, h, w) of every face."""
+        return [tuple(latent.shape) for latent in self.encoded.latent_mean]
 
 
 def encode(dataset: MangaFaceDataset, config, base: Path, run) -> Data:
@@ -74,6 +82,8 @@ def encode(dataset: MangaFaceDataset, config, base: Path, run) -> Data:
     )
     encoded = EncodedDataset(*latents, texts).to(run.device)
     free_memory(run.device)
+    if isinstance(encoded.latent_mean, list):  # each shape and number of images would have all kernels tried
+        torch.backends.cudnn.benchmark = False
     return Data(dataset, encoded, prompts)
 
 
@@ -93,10 +103,11 @@ def encode_faces(
     vae_identity: str,
     load_vae: Callable,
     process: tuple[int, int, Callable] = (0, 1, lambda: None),
-) -> tuple[torch.Tensor, torch.Tensor]:
+    crops: list[tuple] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Latent mean and standard deviation of every face, from the cache where their content was encoded before.
 
-    An entry's name is the hash of all that decides its value: image bytes, resolution, VAE weights, code version. A
+    An entry's name is the hash of all that decides its value: image bytes, box, shape, VAE weights, code version. A
     changed pixel is therefore another entry; nothing can be stale. Faces are encoded and stored one by one, so that
     an interrupted encoding goes on where it stopped and ends with the same bits.
 
@@ -104,14 +115,16 @@ def encode_faces(
         load_vae: called only if a face is missing; returns an AutoencoderKL (float32: SD1.5's VAE overflows in
             float16 on some images).
         process: (rank, number of processes, barrier): each process encodes its share of what is missing.
+        crops: (box, shape) of each face, see load_image(); None = its own.
 
-    Shape: two of (faces, C, h, w), float32, times the VAE's scaling factor.
+    Shape: two of (faces, C, h, w), float32, times the VAE's scaling factor; of lists of (C, h, w) if shapes differ.
 
     Raises:
         InputError: a face encodes to a non-finite latent.
     """
     rank, world, barrier = process
-    keys = [(vae_identity, dataset.resolution, face.sha256) for face in dataset.faces]
+    crops = crops or [(face.box, face.shape) for face in dataset.faces]
+    keys = [(vae_identity, *crop, face.sha256) for crop, face in zip(crops, dataset.faces, strict=True)]
     files = [_entry(Path(cache_dir), "latents", *key) for key in keys]
     entries = [_read_entry(file) for file in files]
     missing = [index for index, entry in enumerate(entries) if entry is None]
@@ -122,14 +135,19 @@ def encode_faces(
             face = dataset.faces[index]
             if sha256_of(face.path) != face.sha256:
                 raise InputError(f"{face.path} has changed since the start of this run: start it again")
-            mean, std = encode_image(vae, load_image(face.path, dataset.resolution))
+            mean, std = encode_image(vae, load_image(face.path, *crops[index]))
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
                 raise InputError(f"{face.path} encodes to NaN: look at it, or remove it from the caption file")
             _write_entry(files[index], {"mean": mean, "std": std})
     barrier()
     for index in missing:
         entries[index] = _read_back(files[index])
-    return torch.stack([entry["mean"] for entry in entries]), torch.stack([entry["std"] for entry in entries])
+    return tuple(stack_if_alike([entry[name] for entry in entries]) for name in ("mean", "std"))
+
+
+def stack_if_alike(tensors: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    """One tensor of all, or the list as it is if their shapes differ."""
+    return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
 
 
 def encode_texts(

@@ -19,26 +19,28 @@ from training.checkpoint import LORA_FILES, CheckpointError
 from training.files import TEMPORARY, Stop, write_atomic
 
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
+PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
 PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
-PRODUCTS += ("samples", "checkpoints", "last", "candidates", "tensorboard")  # all that --overwrite deletes
+PRODUCTS += ("samples", "checkpoints", "last", "candidates", "tensorboard", PAGE)  # all that --overwrite deletes
 ABOUT = ("data", "processes", "precision")  # in config.json besides the constants
 LOCK = re.compile(r"\.running-(\d+)-(\d+)@(.*)")  # process number, when it started, its machine
 
 
-def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite: bool) -> str:
+def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite: bool, former: dict) -> str:
     """What a start in this folder means: "new", "resume" or "finished". Reads only.
 
     run: what config.json will hold: {"constants": {...}} and ABOUT. may_change: constants that may differ on resume.
+    former: values of constants that a former version's config.json lacks.
     Raises CheckpointError: the folder holds files but no run, or a run that differs in anything else.
     """
     where = f"output_dir={str(output)!r}"
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{where} is a file: choose another output_dir")
-    if not output.exists() or all(_is_leftover(path.name) for path in output.iterdir()):
+    if not output.exists() or all(_is_leftover(path.name) or path.name == PAGE for path in output.iterdir()):
         return "new"
     try:
         before = json.loads((output / "config.json").read_text(encoding="utf-8"))
-        before = dict(before["constants"]) | {name: before.get(name) for name in ABOUT}
+        before = former | dict(before["constants"]) | {name: before.get(name) for name in ABOUT}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         why = "is not empty and holds no run of this program"
         raise CheckpointError(f"{where} {why}: choose another output_dir") from None
@@ -65,20 +67,26 @@ def _is_finished(output: Path) -> bool:
     return isinstance(summary, dict) and all((output / name).is_file() for name in LORA_FILES)
 
 
-def start_folder(output: Path, run: dict, step: int, action: str) -> None:
-    """Empty the folder of an earlier run if action is "new"; write config.json; cut metrics.csv after `step`.
+def start_folder(output: Path, run: dict, step: int, action: str, epoch: int = 0) -> None:
+    """Empty the folder of an earlier run if action is "new"; write config.json; drop metrics after `step`, sheets after
+    `epoch`.
 
-    config.json is replaced, never absent: without it a folder is nobody's, and refused.
+    config.json is replaced, never absent: without it a folder is nobody's, and refused. The page of a dry run goes
+    only if --overwrite says so: it was made for the run that begins.
     """
+    kept = ("config.json",) if run["constants"].get("overwrite") else ("config.json", PAGE)
     for name in PRODUCTS if action == "new" else ("summary.json",):
         path = output / name
         if path.is_dir():
             shutil.rmtree(path)
-        elif name != "config.json":
+        elif name not in kept:
             path.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "config.json", json.dumps(run, indent=1).encode())
     (output / "samples").mkdir(exist_ok=True)
+    for sheet in (output / "samples").glob("epoch-*.png"):  # of epochs after a checkpoint that was lost
+        if sheet.stem[6:].isdigit() and int(sheet.stem[6:]) > epoch:
+            sheet.unlink()
     _write_rows(output, [row for row in _read_rows(output) if int(row[1]) <= step] if step else [])
 
 
@@ -88,15 +96,18 @@ def add_metrics(output: Path, row: list) -> None:
         file.write(",".join(str(value) for value in row) + "\n")
 
 
-def add_validation_loss(output: Path, loss: float) -> None:
-    """Write the validation loss that followed the last step into its row."""
+def add_validation_loss(output: Path, step: int, loss: float) -> None:
+    """Write the validation loss that followed a step into its row, if the row is there."""
     rows = _read_rows(output)
-    rows[-1][METRICS.index("val_loss")] = str(loss)
-    _write_rows(output, rows)
+    for row in rows:
+        if int(row[1]) == step:
+            row[METRICS.index("val_loss")] = str(loss)
+    with contextlib.suppress(PermissionError):  # on Windows, while another program reads it: not worth the run
+        _write_rows(output, rows)
 
 
 def _read_rows(output: Path) -> list[list[str]]:
-    """Of metrics.csv; another program may have written to it: what is no row is dropped."""
+    """Of metrics.csv; another program may have written to it: lines that are not rows are dropped."""
     try:
         text = (output / "metrics.csv").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

@@ -127,7 +127,9 @@ def fuse_lora(unet: nn.Module) -> bool:
     layers = lora_modules(unet)
     if not layers or any(layer.base_weight is not None for layer in layers.values()):
         raise ValueError("there is no LoRA to fuse in this UNet, or it is merged: unmerge_lora before fusing")
-    if not _is_the_plain_formula(next(iter(unet.attn_processors.values()))):
+    processors = unet.attn_processors.values()
+    alike = all(len({(layer.rank, layer.scale) for layer in processor.lora.values()}) == 1 for processor in processors)
+    if not alike or not _is_the_plain_formula(next(iter(processors))):
         return False
     pairs = []
     for name, processor in unet.attn_processors.items():
@@ -142,15 +144,15 @@ def fuse_lora(unet: nn.Module) -> bool:
 def _is_the_plain_formula(model: nn.Module) -> bool:
     """Whether the products answer as the plain sums do, gradients included, in a small attention of the same kind."""
     layer = next(iter(model.lora.values()))
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.enable_grad():
         torch.manual_seed(0)
         attn = nn.Module()
         attn.to_q, attn.to_k, attn.to_v = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-        attn.to_out, attn.is_cross_attention = nn.ModuleList([nn.Linear(6, 6)]), False
+        attn.to_out, attn.is_cross_attention, attn.heads = nn.ModuleList([nn.Linear(6, 6)]), False, 2
         processor = type(model)(attn, layer.rank, layer.network_alpha)
         for weight in processor.parameters():
             nn.init.normal_(weight)
-        plain, fused, x = processor.project, FusedProjections(attn, processor), torch.randn(5, 6, requires_grad=True)
+        plain, fused, x = processor.project, FusedProjections(attn, processor), torch.randn(2, 5, 6, requires_grad=True)
         for place, weight in fused.operands():
             place.copy_(weight.detach())
 
@@ -160,7 +162,10 @@ def _is_the_plain_formula(model: nn.Module) -> bool:
             gradients = torch.autograd.grad(loss, (x, *processor.parameters()), materialize_grads=True)
             return torch.cat([tensor.flatten() for tensor in (*results, *gradients)])
 
-        expected = answer(plain)
+        try:
+            expected = answer(plain)
+        except Exception:  # a formula that asks for more than this small attention has
+            return False
         return ((answer(fused) - expected).norm() < 1e-3 * expected.norm()).item()
 
 

@@ -1,6 +1,7 @@
 """How many images pass at a time, and what is computed twice: as much as the memory allows; and memory ran out."""
 
 import gc
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ def plan_memory(run, model, data, config, kept: dict | None = None) -> None:
     """
     images = config.train_batch_size * config.gradient_accumulation_steps
     text_shape = data.encoded.text_embeddings.shape[1:]
-    plans = memory_plans(model.unet, data.latent_shape, text_shape, images, config.gradient_checkpointing)
+    largest = max(data.latent_shapes, key=math.prod)
+    plans = memory_plans(model.unet, largest, text_shape, images, config.gradient_checkpointing)
     plans, free = run.from_main(plans), run.least(free_bytes(run.device, run.world))
     plan = MemoryPlan(**kept) if kept else choose_plan(plans, free)
     model.plans = Plans(model.unet, plans, plan, run.log, run.least if run.world > 1 else None)

@@ -95,13 +95,13 @@ def rehearse(model: Model, encoded: EncodedDataset, batch: Batch, share: torch.T
     """A whole step that changes nothing: does it fit into memory, and does the data's gradient reach every module?
 
     (That of down_weight is zero before the first step, as up_weight is.) The gradient is then made NaN, upon which
-    the optimizer leaves weights and moments as they are, but has its memory from here on.
+    the optimizer leaves the weights as they are, but shows whether its own memory can be had.
 
     Raises:
         Stop(3): the memory isn't enough for the smallest plan.
         Stop(4): a LoRA module gets no gradient.
     """
-    scale = model.scaler.state_dict()
+    scale, is_new = model.scaler.state_dict(), not model.optimizer.state
     compute_gradients(model, encoded, batch, share)
     gradients = {name: layer.up_weight.grad for name, layer in lora_modules(model.unet).items()}
     dead = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
@@ -109,5 +109,7 @@ def rehearse(model: Model, encoded: EncodedDataset, batch: Batch, share: torch.T
         raise Stop(4, f"{len(dead)} LoRA modules get no gradient, the first is {dead[0]}: a bug, please report it")
     model.weights.grad.fill_(math.nan)
     clip_and_step(model.optimizer, model.scaler, model.weights, max_grad_norm=0.0)
+    if is_new:  # what some optimizers made of the NaN; a GPU's memory for it stays with this process
+        model.optimizer.state.clear()
     model.scaler.load_state_dict(scale)
     model.plans.is_rehearsal = False

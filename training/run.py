@@ -27,10 +27,11 @@ from training.files import Interrupted
 
 
 class Run:
-    """One training, new, resumed or found finished: `with Run(config, may_change) as run: run.open(...)`.
+    """One training, new, resumed or found finished: `with Run(config, may_change, former) as run: run.open(...)`.
 
     Args:
         may_change: names of the constants that a resumed run may have changed.
+        former: values of constants that a former version's config.json lacks.
         process_start: when the program was started, as time.time(); None if it is called from another one.
 
     Attributes:
@@ -39,8 +40,8 @@ class Run:
         output: the folder. is_finished, resumes: what open() found there.
     """
 
-    def __init__(self, config, may_change: set[str], process_start: float | None = None):
-        self.config, self.may_change, self.output = config, may_change, Path(config.output_dir)
+    def __init__(self, config, may_change: set[str], former: dict, process_start: float | None = None):
+        self.config, self.may_change, self.former, self.output = config, may_change, former, Path(config.output_dir)
         self.started, self.command = process_start or time.time(), ["python", *sys.argv] if process_start else None
         self.action, self.is_finished, self.resumes = "new", False, False
         self.bar = self.tensorboard = self.first_step_seconds = None
@@ -57,12 +58,12 @@ class Run:
         return self
 
     def __exit__(self, kind, *exception):
-        for thing in (self.bar, self.tensorboard):
-            if thing is not None:
-                thing.close()
-        if kind is None:
-            self.accelerator.end_training()
-        self.undo.close()
+        with self.undo, contextlib.suppress(*([] if kind is None else [Exception])):  # the first error is the one told
+            for thing in (self.bar, self.tensorboard):
+                if thing is not None:
+                    thing.close()
+            if kind is None:
+                self.accelerator.end_training()
 
     def _find_devices(self) -> None:
         on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -87,7 +88,7 @@ class Run:
         return torch.arange(len(batch))[self.rank :: self.world]
 
     def least(self, number: float) -> float:
-        """Of all processes."""
+        """The smallest of all processes' numbers."""
         return -self.accelerator.gather(torch.tensor([-number], device=self.device)).max().item()
 
     # The folder
@@ -103,7 +104,9 @@ class Run:
         self.fingerprint = fingerprint_of(self.about, self.may_change)
         if config.dry_run:
             return
-        self.action = folder.check_output_folder(self.output, self.about, self.may_change, config.overwrite)
+        self.action = folder.check_output_folder(
+            self.output, self.about, self.may_change, config.overwrite, self.former
+        )
         self.is_finished, self.resumes = self.action == "finished", self.action == "resume"
         if self.is_main and not self.is_finished:
             self.lock.take(self.output)
@@ -125,7 +128,7 @@ class Run:
         if self.is_main:
             folder.check_space(self.output, parameters, self.config)
             about = {"base": str(base.resolve()), "torch": torch.__version__, "device": str(self.device)}
-            folder.start_folder(self.output, self.about | about, state.step, self.action)
+            folder.start_folder(self.output, self.about | about, state.step, self.action, state.epoch)
             if importlib.util.find_spec("tensorboard") is not None:  # metrics.csv is written anyway
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -157,9 +160,9 @@ class Run:
             self._add_scalars({name: value for name, value in values.items() if value != ""})
 
     def add_validation(self, step: int, loss: float) -> None:
-        """Of the epoch whose last step this was."""
+        """Record the validation loss of the epoch that ended with this step."""
         if self.is_main and step:
-            folder.add_validation_loss(self.output, loss)
+            folder.add_validation_loss(self.output, step, loss)
             self._add_scalars({"step": step, "val_loss": loss})
 
     def _add_scalars(self, values: dict) -> None:
@@ -184,9 +187,9 @@ class Run:
         return self.others_stop or (self.signal_number > 0 and self.world == 1)
 
     @contextlib.contextmanager
-    def signals_act_at_once(self):
-        """For what can be broken off anywhere: all is saved. With several processes it is finished first."""
-        before, self.waits = self.waits, self.world > 1
+    def signals_act_at_once(self, even_if_several: bool = False):
+        """For what can be broken off anywhere: all is saved. Where several processes wait for each other it isn't."""
+        before, self.waits = self.waits, self.world > 1 and not even_if_several
         if self.signal_number and not self.waits:
             self.stop()
         try:

@@ -1,0 +1,1 @@
+"""What a trained LoRA is worth: pictures, measures, the score, the best epoch."""

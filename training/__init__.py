@@ -1,0 +1,1 @@
+"""What a reader of the recipe needn't open: the parts of a training."""
