@@ -146,6 +146,12 @@ def test_a_head_that_breaks_out_of_its_panel_loses_nothing(hair):
     check_cut(panel.found(), [44, 0, 44, 44])
 
 
+def test_a_strand_that_crosses_the_line_near_a_corner_loses_nothing():
+    panel = framed()
+    panel.draw.rectangle((5, 36, 90, 56), fill=0)
+    check_cut(panel.found(), [0, 28, 28, 28])
+
+
 def test_hair_along_the_line_is_not_cut_away_with_it():
     panel = framed(margin=24, fill=0).head(200, 150, 360, 400, 250)  # night or hair behind all of the line
     left, top, right, bottom = panel.found()
@@ -157,9 +163,15 @@ def test_never_more_than_an_eighth_of_a_side_is_cut():
         left, top, right, bottom = framed(margin=margin).found()
         assert max(left, right) <= 50 and max(top, bottom) <= 65
     assert framed(margin=100).found() == (0, 0, 0, 0)
-    for shape in ((1, 1), (7, 9), (8, 8), (3, 400)):
-        for pixels in (np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8)):
-            assert find_frame(pixels) == (0, 0, shape[1], shape[0])
+    left, _, right, _ = framed(margin=49, gutter=0).found()
+    assert left == right == 50  # as much as may be
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (8, 8), (3, 400), (80, 80), (300, 900)])
+def test_noise_and_blank_pictures_of_any_size_have_no_frame(shape):
+    noise = (np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8) for seed in range(20))
+    for pixels in (np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8), *noise):
+        assert find_frame(pixels) == (0, 0, shape[1], shape[0])
 
 
 # Shapes and boxes ----------------------------------------------------------------------------------------------------
@@ -494,6 +506,8 @@ def test_latents_are_keyed_by_box_and_shape(tmp_path, mixed, tiny_base):
     mixed_again.faces[6] = moved
     encode_faces(mixed_again, tmp_path, "vae", lambda: vae)
     assert len(encoded) == 1
+    smaller = read(mixed.dataset_dir, framing="square", resolution=64)  # the same boxes
+    assert encode_faces(smaller, tmp_path, "vae", lambda: vae)[0].shape == (len(SIZES), 4, 16, 16)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ SMALL = 128  # pixels a side, at most, of the picture in which ink is measured
 HEAD_UP = 30  # times as much counts ink that is cut off at the top: heads are up
 SMALLEST = 32  # pixels a side of a picture that may have a frame: in a smaller one chance draws lines
 DEEPEST = 8  # a frame is looked for in the outer eighth of each side
+SMALLEST = 64  # pixels a side: in a smaller picture any stroke might be a line
 DARK, BRIGHT = 128, 160  # of 255: a frame line is darker, the gutter beyond it brighter
 FULL = 0.97  # of the side must be line, or gutter: anything that crosses either keeps the side as it is
 DROP = 0.25  # of the side: so much darker is a line at the very edge than what it frames
