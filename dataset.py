@@ -33,7 +33,7 @@ from training.layouts import IMAGE_SUFFIXES, find_image, read_layout, shown, som
 from training.pictures import centred_box, colour_share, dhashes, load_image, read_picture
 
 MUCH_CUT = 0.06  # of a side: less is cut from any picture of at most 3 : 1 at 512 pixels
-NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two likest faces 13
+NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two most similar faces 13
 FACE_WORDS = {"alone", "back", "bottom", "cry", "empty", "fire", "front"}  # on scikit-learn's list of stop words, but
 FACE_WORDS |= {"full", "serious", "side", "sincere", "thick", "thin", "top"}  # they describe faces
 STRONGEST_TERMS = 3  # of a face decide on its weight
