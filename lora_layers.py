@@ -14,7 +14,9 @@ Everything needed in a notebook:
 Shape letters: B batch, T tokens, D text width, C channels, r rank.
 """
 
+import hashlib
 import io
+import json
 import math
 import os
 import pickle
@@ -224,8 +226,8 @@ def save_lora_weights(unet: nn.Module, path, dtype=torch.float16, metadata: dict
     Written beside its final name, read back, compared exactly with the live weights cast to `dtype`, and only
     then renamed: whatever fails, a file already there stays as it was. Missing folders are created.
 
-    metadata: added to the header fields that UIs read (`ss_network_dim`, ...), or replacing them; values are turned
-    into strings. Only `.safetensors` has a header; for a `.bin` this has no effect.
+    metadata: added to the header fields that UIs read (`ss_network_dim`, ...), or replacing them; see with_metadata.
+    Only `.safetensors` has a header; for a `.bin` this has no effect.
 
     Raises:
         ValueError: another suffix, or see lora_state_dict.
@@ -244,9 +246,8 @@ def save_lora_weights(unet: nn.Module, path, dtype=torch.float16, metadata: dict
     else:
         layer = next(iter(lora_modules(unet).values()))
         header = {"format": "pt", "ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora"}
-        header |= {"ss_network_dim": layer.rank, "ss_network_alpha": layer.network_alpha, "ss_output_name": path.stem}
-        header |= metadata or {}
-        content = safetensors.torch.save(state, {str(key): str(value) for key, value in header.items()})
+        header |= {"ss_network_dim": layer.rank, "ss_network_alpha": layer.network_alpha}
+        content = with_metadata(safetensors.torch.save(state), header | (metadata or {}))
 
     def check(written: Path) -> None:
         try:
@@ -261,6 +262,29 @@ def save_lora_weights(unet: nn.Module, path, dtype=torch.float16, metadata: dict
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content, check)
     return path
+
+
+def with_metadata(content: bytes, metadata: dict[str, object]) -> bytes:
+    """The bytes of a `.safetensors` file with these header fields added, or replacing its own; the tensors stay.
+
+    Values are turned into strings; a field that is None is taken out. The hashes by which UIs know a LoRA come last:
+    that of its tensors, and A1111's old one, of the 64 KiB that begin at 1 MiB of the file. Equal fields give equal
+    bytes: safetensors' own writer leaves their order to chance.
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    tensors, payload = json.loads(content[8:start]), content[start:]
+    sha256 = hashlib.sha256(payload).hexdigest()
+    fields = tensors.pop("__metadata__", {}) | metadata
+    fields = {str(key): str(value) for key, value in fields.items() if value is not None}
+    fields |= {"modelspec.hash_sha256": f"0x{sha256}", "sshs_model_hash": sha256, "sshs_legacy_hash": 8 * "0"}
+
+    def whole() -> bytes:
+        header = json.dumps({"__metadata__": fields} | tensors, ensure_ascii=False).encode("utf-8", "replace")
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header + payload
+
+    fields["sshs_legacy_hash"] = hashlib.sha256(whole()[2**20 : 2**20 + 2**16]).hexdigest()[:8]
+    return whole()
 
 
 def read_lora_weights(unet: nn.Module, path: str | os.PathLike) -> tuple[dict[str, Tensor], int, int]:

@@ -34,8 +34,10 @@ class TrainingConfig:
     dataset_dir: str = "faces_dataset"  # folder of faces (.jpg .png .webp .bmp .gif .tif .avif)
     json_file: str = "faces_dataset/modified_face_250.json"  # captions; if missing: image.txt, metadata.jsonl, 10_name/
     output_dir: str = "lora_output"  # everything the run makes
+    lora_name: str = "manga_faces"  # of the LoRA in UIs, and of its files in OUTPUT/share
 
     pretrained_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or local diffusers folder
+    clip_skip: int = 1  # layer of the text encoder, from its last; NAI-derived anime bases want 2
     resolution: int = 512  # pixels a side of a square picture; a multiple of 64 for SD1.5
     framing: str = "buckets"  # each picture keeps its shape, at about resolution^2 pixels; "square": its centre square
     trim_frames: bool = True  # cut away a panel's frame line and what lies outside of it
@@ -55,6 +57,7 @@ class TrainingConfig:
     weight_max: float = 2.0  # upper clip; 1 for both = every weight 1
     shuffle_tags: bool = True  # captions that are tags between commas: shuffles of them are drawn, too
     keep_tags: int = 1  # this many tags stay in front of a shuffle; 0 = none
+    private_captions: bool = False  # keep your tags out of the LoRA's header, where UIs list them; sentences never are
     trigger_word: str = ""  # put before every caption; "" = off
     caption_dropout: float = 0.1  # share of draws with the caption "", which guidance needs; 0 = off
     penalty_factor: float = 1e-5  # times the sum of squared LoRA weights, added to the loss; 0 = off
@@ -108,8 +111,10 @@ DEMO = {  # what --demo changes; other flags apply on top
 MAY_CHANGE_ON_RESUME = {"num_train_epochs", "early_stopping_patience", "save_every_n_epochs", "keep_checkpoints"}
 MAY_CHANGE_ON_RESUME |= {"sample_prompts", "samples_per_prompt", "sample_every_n_epochs", "sample_steps"}
 MAY_CHANGE_ON_RESUME |= {"guidance_scale", "num_workers", "output_dir", "cache_dir", "dry_run", "overwrite"}
+MAY_CHANGE_ON_RESUME |= {"lora_name", "private_captions"}
 # What a constant that a folder's config.json lacks stands for: how the version that wrote it behaved
 FORMER = {"framing": "square", "trim_frames": False, "shuffle_tags": False, "keep_tags": 1, "trigger_word": ""}
+FORMER |= {"clip_skip": 1, "lora_name": "manga_faces", "private_captions": False}
 MAX_BAD_STEPS = 20  # this many non-finite steps in a row are a divergence, not a loss scale that is still settling
 NOTHING_EXPORTED = "Nothing was exported, the last checkpoint stands: lower learning_rate"
 
@@ -140,11 +145,12 @@ from evaluation.best_epoch import keep_candidate, prune_candidates
 from evaluation.pictures import draw_samples, is_sampled
 from evaluation.summary import finish
 from lora_layers import GradientPenalty, LoRASelfCheckError
-from training.base_model import check_resolution, find_base, find_tokenizer, find_unit, use_mirror
+from training.base_model import check_clip_skip, check_resolution, find_base, find_tokenizer, find_unit, use_mirror
 from training.checkpoint import CheckpointError, TrainingState, Validated, resume_state, save_state
 from training.dataset_report import dataset_warnings, write_dataset_report
 from training.denoising import Batch, draw_batch, one_late, read_later, sum_over_processes, validate
 from training.encoding import Data, EncodedDataset, encode
+from training.labels import labels_of
 from training.memory import is_out_of_memory, plan_memory
 from training.model import Model, build_model, clip_and_step, compute_gradients, rehearse
 from training.run import Run
@@ -258,7 +264,9 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         run.log(dataset.report(tokenizer, [text for text, _ in warnings]))
         run.log(state.arithmetic(config, run.world))
         if Path(config.pretrained_model).is_dir():
-            check_resolution(config.resolution, find_base(config.pretrained_model))
+            base = find_base(config.pretrained_model)
+            check_resolution(config.resolution, base)
+            check_clip_skip(config.clip_skip, base)
         if config.dry_run:
             if run.is_main:
                 run.log(write_dataset_report(dataset, tokenizer, config, state.total_steps, run.output))
@@ -268,6 +276,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         with run.main_process_first():
             base = find_base(config.pretrained_model)
         check_resolution(config.resolution, base)
+        check_clip_skip(config.clip_skip, base)
         if (unit := find_unit(str(base))) != dataset.unit:  # only now downloaded: it has other shapes
             dataset = MangaFaceDataset.from_config(config, unit)
             dataset.make_texts(tokenizer)
@@ -281,6 +290,8 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         model = build_model(config, base, run.device, run.dtype, run.log)
         if run.resumes:
             state = resume_state(run, config, model, state)
+
+        run.labels = labels_of(config, dataset, model, base, run.precision, state.started)
 
         # Choose how many images pass at once, then rehearse: a whole step that changes nothing must work
         plan_memory(run, model, data, config, state.plan)
@@ -391,7 +402,7 @@ def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: 
         when = f"Epoch {epoch}: Validation Loss" if epoch else "Validation loss before training"
         run.log(f"{when}: {found[0]:.4f}{best}")
     if run.is_main and epoch:
-        keep_candidate(run.output / "candidates", model.unet, config, data.dataset, state)
+        keep_candidate(run.output / "candidates", model.unet, run.labels, state)
     due = config.save_every_n_epochs and epoch % config.save_every_n_epochs == 0
     if epoch and (due or state.is_finished(config) or is_sampled(epoch, config)):
         save_state(run, config, model, state)

@@ -8,12 +8,12 @@ import torch
 
 from evaluation.pictures import evaluation_prompts
 from evaluation.score import Evaluation, Score
-from lora_layers import save_lora_weights
+from evaluation.share import examples, thumbnail
+from lora_layers import save_lora_weights, with_metadata
 from training.checkpoint import LORA_FILES, TrainingState, Validated
 from training.files import describe, discard, read_verified, write_atomic
 
 CANDIDATE = "epoch-{:03d}"  # its folder
-HEADER = ("learning_rate", "seed", "mixed_precision", "gradient_accumulation_steps", "max_grad_norm")  # to the file
 
 
 def candidate_epochs(history: list[Validated]) -> list[int]:
@@ -38,30 +38,18 @@ def converged_epoch(state: TrainingState) -> int | None:
     return next(row.epoch for row in state.history if row.epoch > 0 and row.loss <= enough)
 
 
-def save_epoch(folder: Path, unet, config, dataset, state: TrainingState) -> None:
+def save_epoch(folder: Path, unet, labels: dict, state: TrainingState) -> None:
     """Write this epoch's LoRA as .bin and .safetensors; each is read back and compared before it counts."""
-    metadata = {f"ss_{name}": getattr(config, name) for name in HEADER} | {
-        "ss_sd_model_name": Path(config.pretrained_model).name,
-        "ss_resolution": f"({config.resolution}, {config.resolution})",
-        "ss_num_train_images": len(dataset),
-        "ss_num_validation_images": len(dataset.validation),
-        "ss_num_epochs": config.num_train_epochs,
-        "ss_lr_scheduler": "cosine with warmup",
-        "ss_optimizer": "torch.optim.AdamW",
-        "ss_batch_size_per_device": config.train_batch_size,
-        "ss_caption_dropout_rate": config.caption_dropout,
-    }
-    metadata |= {"ss_epoch": state.epoch, "ss_steps": state.step}
-    metadata |= {"modelspec.trigger_phrase": config.trigger_word} if config.trigger_word else {}
+    labels = labels | {"ss_epoch": state.epoch, "ss_steps": state.step}
     for file in LORA_FILES:
-        save_lora_weights(unet, folder / file, torch.float16, metadata)
+        save_lora_weights(unet, folder / file, torch.float16, labels)
 
 
-def keep_candidate(folder: Path, unet, config, dataset, state: TrainingState) -> None:
+def keep_candidate(folder: Path, unet, labels: dict, state: TrainingState) -> None:
     """Save the epoch just done into `folder` if it may turn out to be the best; the state notes what its files are."""
     if state.epoch in (candidate_epochs(state.history) or [state.epoch]):
         own = folder / CANDIDATE.format(state.epoch)
-        save_epoch(own, unet, config, dataset, state)
+        save_epoch(own, unet, labels, state)
         state.candidates[str(state.epoch)] = {file: describe((own / file).read_bytes()) for file in LORA_FILES}
 
 
@@ -113,27 +101,31 @@ def _row(validated: Validated, score: Score | None) -> dict:
     return {name: "n/a" if value is None else value for name, value in row.items()}
 
 
-def pick_best(output: Path, config, dataset, state: TrainingState, base: Path, device, log) -> dict:
-    """Score the candidates, export the best one's files, write best.json; returns scores for the summary.
+def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[dict, list]:
+    """Score the candidates, export the best one's files, write best.json; returns scores for the summary, examples().
 
     The files are what a user loads, and are scored as such. Without pictures the lowest validation loss decides.
     """
-    candidates = _intact_candidates(output, state, log)
+    output = run.output
+    candidates = _intact_candidates(output, state, run.log)
     epochs, scored, evaluation = list(candidates), {}, None
     if config.sample_prompts:
         spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them
         jobs, _ = evaluation_prompts(dataset, config)
-        drawn = f"{len(jobs)} pictures each of the base and epoch {', '.join(map(str, spread))}"
-        log(f"Drawing and scoring {drawn}, with the exported files ...")
-        evaluation = Evaluation(config, dataset, base, device)
+        pictures = f"{len(jobs)} pictures each of the base and epoch {', '.join(map(str, spread))}"
+        run.log(f"Drawing and scoring {pictures}, with the exported files ...")
+        evaluation = Evaluation(config, dataset, base, run.device)
         scored = {epoch: evaluation.judge(candidates[epoch] / LORA_FILES[-1]) for epoch in spread}
     epoch, reason = choose_best(epochs, scored)
     if not candidate_epochs(state.history):
         reason = "the last: without held-out faces there is nothing to choose by"
     elif epochs == [state.epoch]:
         reason = "the lowest validation loss, and the last: more epochs may be better still"
-    for file in LORA_FILES:
-        write_atomic(output / file, (candidates[epoch] / file).read_bytes())
+    drawn = examples(evaluation, scored[epoch]) if evaluation else []
+    binary, labelled = ((candidates[epoch] / file).read_bytes() for file in LORA_FILES)
+    labelled = with_metadata(labelled, run.labels | {"modelspec.thumbnail": thumbnail(drawn)})  # lora_name may be new
+    for file, content in zip(LORA_FILES, (binary, labelled), strict=True):
+        write_atomic(output / file, content)
     rows = {row.epoch: _row(row, scored.get(row.epoch)) for row in state.history if row.epoch in candidates}
     best = {"epoch": epoch, "step": epoch * state.steps_per_epoch}
     best |= {name: rows[epoch][name] for name in ("val_loss", "score")}
@@ -142,11 +134,11 @@ def pick_best(output: Path, config, dataset, state: TrainingState, base: Path, d
     summary = {"best_epoch": epoch, "best_reason": reason}
     summary |= dict.fromkeys(("score_base", "score_lora", "colourfulness_base", "colourfulness_lora"))
     if evaluation:
-        log(evaluation.write(output, scored[epoch]))
+        run.log(evaluation.write(output, scored[epoch]))
         for name, score in (("base", evaluation.of_base), ("lora", scored[epoch])):
             summary[f"score_{name}"] = score.score
             summary[f"colourfulness_{name}"] = float(score.features.line_art["colourfulness"].mean())
     else:
         for name in ("scores.json", "before_after.png"):  # of an earlier end of this run: not of this LoRA
             (output / name).unlink(missing_ok=True)
-    return summary
+    return summary, drawn

@@ -219,7 +219,7 @@ class Evaluation:
 
         logging.disable_progress_bar()
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        tokenizer, text_encoder = load_text_encoder(base, device)
+        tokenizer, text_encoder = load_text_encoder(base, device, config.clip_skip)
         unet, scheduler = load_unet(base, device, dtype)
         vae = load_vae(base, device)
         self.pipe = pictures.build_pipeline(vae, unet, scheduler, tokenizer, text_encoder.to(dtype))

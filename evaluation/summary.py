@@ -5,6 +5,7 @@ import math
 import time
 
 from evaluation.best_epoch import converged_epoch, pick_best, prune_candidates, save_epoch
+from evaluation.share import use_it, write_share
 from training.checkpoint import LORA_FILES, TrainingState
 from training.files import write_atomic
 from training.memory import free_memory, peak_memory_mib
@@ -21,10 +22,10 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
         if not run.is_main:
             return {}
         prune_candidates(run.output / "candidates", state)  # a run that was killed may not have come to it
-        save_epoch(run.output / "last", model.unet, config, data.dataset, state)
+        save_epoch(run.output / "last", model.unet, run.labels, state)
         model.free()
         free_memory(run.device)
-        picked = pick_best(run.output, config, data.dataset, state, base, run.device, run.log)
+        picked, drawn = pick_best(run, config, data.dataset, state, base)
         best_loss = state.best.loss if state.best else None
         summary = picked | {
             "lora_bin": str(run.output / LORA_FILES[0]),
@@ -44,8 +45,10 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
             "first_step_s": run.first_step_seconds,
             "resumed_from_step": run.resumed_from_step,
         }
+        write_share(run, config, drawn, summary)
         write_atomic(run.output / "summary.json", json.dumps(summary, indent=1).encode())
     print_summary(summary, config, state, run)
+    run.log(use_it(run, config, base))
     return summary
 
 

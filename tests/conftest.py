@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from lora_layers import inject_lora, lora_modules, lora_parameters  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["SOURCE_DATE_EPOCH"] = "1767225600"  # equal runs give equal files, headers included
 torch.set_num_threads(1)  # faster for models of this size, and cores may be busy
 
 

@@ -33,7 +33,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dataset
@@ -144,19 +143,13 @@ def everything_in(output) -> dict:
     older = [str(path) for path in checkpoint.list_checkpoints(Path(output) / "checkpoints")[:-1]]
     for path in sorted(path for path in Path(output).rglob("*") if path.is_file() and str(path.parent) not in older):
         name = path.relative_to(output).as_posix()
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                header = {key: value for key, value in (file.metadata() or {}).items() if "date" not in key}
-            content = header, {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
-        elif path.suffix == ".csv":
+        if path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8") as file:
                 content = [{k: v for k, v in row.items() if k not in STOPWATCH} for row in csv.DictReader(file)]
         elif path.suffix == ".json" and path.name != "manifest.json":  # that has the hash of a stopwatch
             content = json.loads(path.read_text(encoding="utf-8"))
             content |= {"constants": {k: v for k, v in content.get("constants", {}).items() if k not in PLACES}}
             content = {k: v for k, v in content.items() if k not in STOPWATCH | PLACES}
-            for files in content["candidates"].values() if "fingerprint" in content else ():
-                files.pop("pytorch_lora_weights.safetensors")  # the order of its header's entries is left to chance
         else:
             content = path.read_bytes() if path.name != "manifest.json" else None
         found[name] = content
@@ -825,7 +818,7 @@ def test_the_space_asked_for_is_what_a_run_takes_and_not_twice_that(undisturbed,
                 output, 3_188_736, trainer.TrainingConfig(num_train_epochs=30, keep_checkpoints=2)
             )
         asked.append(int(re.search(r"may take (\d+) MiB", str(stop.value))[1]))
-    checkpoints, files = 3 * 3 * 4 * 3.188736e6, 32 * 2 * 2 * 3.188736e6
+    checkpoints, files = 3 * 3 * 4 * 3.188736e6, 33 * 2 * 2 * 3.188736e6
     assert asked[0] == round((checkpoints + files) / 2**20 + 32)
     assert asked[1] < asked[0]
 
@@ -983,6 +976,8 @@ MAY_CHANGE = {  # as README.md says
     "cache_dir",
     "dry_run",
     "overwrite",
+    "lora_name",
+    "private_captions",
 }
 
 
@@ -1013,7 +1008,7 @@ def test_each_constant_is_allowed_to_change_or_refused_by_its_name(two_checkpoin
 
 
 @pytest.mark.promise("What may change on resume may, all else is refused by name")
-@pytest.mark.parametrize("name", trainer.FORMER)
+@pytest.mark.parametrize("name", trainer.FORMER.keys() - MAY_CHANGE)
 def test_a_constant_that_a_former_version_lacked_counts_as_it_behaved(two_checkpoints, tmp_path, name):
     former = json.loads((two_checkpoints[1] / "config.json").read_text())
     now = json.loads(json.dumps(former))

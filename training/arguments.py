@@ -10,6 +10,7 @@ from pathlib import Path
 from training.files import Stop
 from training.layouts import may_hold_captions
 
+LORA_NAME = r"(?!(none|addams|con|prn|aux|nul|(com|lpt)[0-9¹²³]|.*pytorch_lora_weights)$)\w[\w-]{0,63}"
 SHIPPED_JSON = "faces_dataset/modified_face_250.json"  # goes along with dataset_dir if that alone is edited
 
 
@@ -79,6 +80,7 @@ def check_config(config) -> None:
     check("in [0, 2**32)", lambda v: 0 <= v < 2**32, "seed")
     check("at most 2048, which the file's float16 holds exactly", lambda v: v <= 2048, "lora_alpha")
     check("below 1", lambda v: v < 1, "max_weight_decay")
+    check("in [1, 12]: 1 is the text encoder's last layer, 2 the one before", lambda v: 1 <= v <= 12, "clip_skip")
     check("a multiple of 8, for SD1.5 of 64", lambda v: v >= 8 and v % 8 == 0, "resolution")
     check("above 0 and at most 1 (try 5e-5)", lambda v: 0 < v <= 1, "learning_rate")
     check("in [0, 1)", lambda v: 0 <= v < 1, "lr_warmup_ratio")
@@ -89,6 +91,9 @@ def check_config(config) -> None:
     check("at least 1, as the weights' mean is 1", lambda v: 1 <= v < math.inf, "weight_max")
     check('"sampling", "loss" or "off"', ("sampling", "loss", "off").__contains__, "weighting")
     check("0 or more", lambda v: v >= 0, "keep_tags")
+    rule = "up to 64 letters, digits, _ and -, but no name that A1111 (none, addams), Windows (con) or diffusers "
+    rule += "(...pytorch_lora_weights) keeps for itself"
+    check(rule, re.compile(LORA_NAME, re.IGNORECASE).fullmatch, "lora_name")
     check("printable, and without blanks at its ends", lambda v: v.isprintable() and v == v.strip(), "trigger_word")
     check('"buckets" or "square"', ("buckets", "square").__contains__, "framing")
     check('"fp16", "bf16" or "no"', ("fp16", "bf16", "no").__contains__, "mixed_precision")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from training import files
+from training.labels import run_start
 
 LORA_FILES = ("pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors")
 FORMAT = 2  # of a checkpoint; those of another can't be continued
@@ -50,6 +51,7 @@ class TrainingState:
     steps_per_epoch: int
     total_steps: int
     fingerprint: str  # whose checkpoints these are: see fingerprint_of()
+    started: int  # when the run was: see run_start()
     step: int = 0  # optimizer steps made, those skipped included
     optimizer_steps: int = 0  # those that changed the weights
     skipped_steps: int = 0  # those whose gradient wasn't finite
@@ -68,7 +70,8 @@ class TrainingState:
     def of_new_run(cls, config, faces: int, processes: int, fingerprint: str) -> "TrainingState":
         batch_size = config.train_batch_size * config.gradient_accumulation_steps * processes
         steps_per_epoch = math.ceil(faces / batch_size)
-        return cls(batch_size, steps_per_epoch, steps_per_epoch * config.num_train_epochs, fingerprint)
+        total_steps = steps_per_epoch * config.num_train_epochs
+        return cls(batch_size, steps_per_epoch, total_steps, fingerprint, run_start())
 
     def arithmetic(self, config, processes: int) -> str:
         """How many images a step has, and how many steps the run, for the screen."""
@@ -181,6 +184,7 @@ def resume_state(run, config, model, new: TrainingState) -> TrainingState:
         remedy = f"set it to {state.epoch + 1} or more, or start anew with --overwrite"
         why = f"num_train_epochs={config.num_train_epochs} is less than this run has behind it"
         raise files.Stop(2, f"{why}: {remedy}")
+    state.started = run_start(state.started)
     run.log("\n".join([*problems, f"Resuming after step {state.step} of {new.total_steps}"]))
     if state.total_steps != new.total_steps:
         run.log(f"num_train_epochs was changed: the rest follows the cosine over {new.total_steps} steps")

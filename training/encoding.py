@@ -75,9 +75,11 @@ def encode(dataset: MangaFaceDataset, config, base: Path, run) -> Data:
         clean_cache(cache)
     vae_identity = folder_identity(base / "vae")
     text_identity = folder_identity(base / "text_encoder") + folder_identity(base / "tokenizer")
+    text_identity += f" clip_skip {config.clip_skip}" if config.clip_skip > 1 else ""
+    load_texts = lambda: load_text_encoder(base, run.device, config.clip_skip)  # noqa: E731
     latents = encode_faces(dataset, cache, vae_identity, lambda: load_vae(base, run.device), process)
     texts, prompts = (
-        encode_texts(some, cache, text_identity, lambda: load_text_encoder(base, run.device), run.dtype, process)
+        encode_texts(some, cache, text_identity, load_texts, run.dtype, process)
         for some in (dataset.texts, ["", *config.sample_prompts])
     )
     encoded = EncodedDataset(*latents, texts).to(run.device)

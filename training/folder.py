@@ -21,7 +21,13 @@ from training.files import TEMPORARY, Stop, write_atomic
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
 PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
 PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
-PRODUCTS += ("samples", "checkpoints", "last", "candidates", "tensorboard", PAGE)  # all that --overwrite deletes
+PRODUCTS += ("samples", "checkpoints", "last", "candidates", "tensorboard", "share", PAGE)  # --overwrite deletes all
+GO_ON = {
+    "num_train_epochs",
+    "early_stopping_patience",
+    "lora_name",
+    "private_captions",
+}  # if changed, after the end too
 ABOUT = ("data", "processes", "precision")  # in config.json besides the constants
 LOCK = re.compile(r"\.running-(\d+)-(\d+)@(.*)")  # process number, when it started, its machine
 
@@ -54,8 +60,7 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
         listed = "; ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if name in forbidden)
         remedy = "set this back, choose another output_dir, or start anew with --overwrite"
         raise CheckpointError(f"{where} holds another run ({listed}): {remedy}")
-    goes_on = changed.keys() & {"num_train_epochs", "early_stopping_patience"}
-    return "resume" if goes_on or not _is_finished(output) else "finished"
+    return "resume" if changed.keys() & GO_ON or not _is_finished(output) else "finished"
 
 
 def _is_finished(output: Path) -> bool:
@@ -125,7 +130,7 @@ def check_space(output: Path, parameters: int, config) -> None:
     """Raises Stop(3) if the disk can't hold what the run may still write. Pictures and logs count 32 MiB."""
     checkpoint, files = 3 * 4 * parameters, 2 * 2 * parameters  # weights, two moments: float32; two files: float16
     checkpoints = 1 + min(config.keep_checkpoints, config.num_train_epochs)  # the new one before an old one goes
-    needed = checkpoints * checkpoint + (config.num_train_epochs + 2) * files + 2**25
+    needed = checkpoints * checkpoint + (config.num_train_epochs + 3) * files + 2**25
     present = (file for name in PRODUCTS for path in [output / name] for file in [path, *path.rglob("*")])
     held = sum(file.stat().st_size for file in present if file.is_file())
     needed = max(needed - held, checkpoint + files)

@@ -20,11 +20,11 @@ RATE = 5e-4  # at the demo's rate the score stands still after a quarter, and no
 EPOCHS = {"quarter": 2, "finished": 8}
 
 
-def keep(folder, unet, config, dataset, state):
+def keep(folder, unet, labels, state):
     for name, epoch in EPOCHS.items():
         if state.epoch == epoch:
             save_lora_weights(unet, HERE / f"{name}.safetensors", torch.float16, {"ss_epoch": epoch})
-    keep_candidate(folder, unet, config, dataset, state)
+    keep_candidate(folder, unet, labels, state)
 
 
 if __name__ == "__main__":

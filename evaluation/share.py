@@ -1,0 +1,102 @@
+"""OUTPUT/share: what one gives away, and nothing private: no path, no checkpoint, no caption, no training face.
+
+NAME.safetensors, .png, .json                           for a UI's folder; A1111 and InvokeAI read the last two
+README.md, pytorch_lora_weights.safetensors, images/    for the hub: a model card, and the file that diffusers looks for
+"""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from evaluation.pictures import write_picture
+from training.checkpoint import LORA_FILES
+from training.files import discard, rename_with_retries, temporary_beside, write_atomic
+from training.labels import DEMO, base_name, is_demo
+
+HUB_TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "manga"]
+
+
+def examples(evaluation, score) -> list[tuple[str, np.ndarray]]:
+    """(prompt, picture by the LoRA) for each sample prompt; without those that are copies of a training face."""
+    prompts, each = evaluation.config.sample_prompts, evaluation.config.samples_per_prompt
+    copies = score.features.nearest_distance < score.references.copy_distance
+    numbers = [number for number in range(0, each * len(prompts), each) if not copies[number]]
+    return [(score.features.texts[number], score.features.pixels[number]) for number in numbers]
+
+
+def thumbnail(drawn: list[tuple[str, np.ndarray]]) -> str | None:
+    """The first of examples() as a small JPEG in a data URL, for the file's header."""
+    if not drawn:
+        return None
+    picture, buffer = Image.fromarray(drawn[0][1]), io.BytesIO()
+    picture.thumbnail((256, 256))
+    picture.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _prompt(config) -> str:
+    return ", ".join(filter(None, [config.trigger_word, *config.sample_prompts[:1]])) or "a manga face"
+
+
+def _python(config, base: str, lora: str, device: str = "cpu") -> list[str]:
+    """Lines of Python that draw with the LoRA on its base, with the run's clip skip."""
+    load = "from_single_file" if base.endswith((".safetensors", ".ckpt")) else "from_pretrained"
+    to = f'.to("{device}")' if device != "cpu" else ""
+    lines = [f"pipe = StableDiffusionPipeline.{load}({base!r}){to}", f"pipe.load_lora_weights({lora!r})"]
+    if config.clip_skip > 1:
+        lines += ['encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder']
+        lines += [f"del encoder.layers[{1 - config.clip_skip}:]"]
+    draw = f'pipe({_prompt(config)!r}).images[0].save("face.png")'
+    return ["from diffusers import StableDiffusionPipeline", *lines, draw]
+
+
+def use_it(run, config, base: Path) -> str:
+    """Three lines that work as they are: Python, a prompt for A1111, the folder to copy from."""
+    named = str(base) if Path(config.pretrained_model).is_file() else config.pretrained_model
+    python = "; ".join(_python(config, named, str(run.output / LORA_FILES[1]), run.device.type))
+    skip = f"   (Clip skip: {config.clip_skip})" if config.clip_skip > 1 else ""
+    prompt = f"<lora:{config.lora_name}:1> {' '.join(_prompt(config).split())}{skip}"
+    web = prompt if run.labels["ss_base_model_version"] == "sd_v1" else "not with this base, which is no SD 1.5"
+    copy = f"{config.lora_name}.* from {run.output / 'share'} to models/Lora (ComfyUI: models/loras)"
+    return f"In Python: {python}\nIn A1111, Forge: {web}\nCopy: {copy}"
+
+
+def model_card(config, labels: dict, images: dict[str, str], summary: dict) -> str:
+    """README.md as the hub wants it. images: {file in the folder: its prompt}."""
+    from huggingface_hub import ModelCardData
+
+    named, is_local = config.pretrained_model, Path(config.pretrained_model).exists()
+    data = {"license": labels["modelspec.license"], "library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    data |= {"base_model": None if is_local else named, "tags": HUB_TAGS}
+    data |= {"instance_prompt": config.trigger_word or "manga face"}
+    data |= {"widget": [{"text": prompt, "output": {"url": url}} for url, prompt in images.items()] or None}
+    template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
+    return template.format(
+        **{"header": ModelCardData(**data).to_yaml(), "config": config, "labels": labels, "summary": summary},
+        pictures=" ".join(f"![a face drawn with it]({url})" for url in images),
+        python="\n".join(_python(config, base_name(config) if is_local else named, LORA_FILES[1])),
+        artists="; its artists are named in LICENSES.md" if is_demo(config) else "",
+    )
+
+
+def write_share(run, config, drawn: list, summary: dict) -> None:
+    """Write OUTPUT/share anew, whole or not at all. drawn: see examples()."""
+    final, name, about = run.output / "share", config.lora_name, run.labels["modelspec.description"]
+    about = {"description": about, "activation text": config.trigger_word, "preferred weight": 1.0}
+    images = {f"images/{number}.png": text for number, (text, _) in enumerate(drawn, start=1)}
+    discard(final)
+    with temporary_beside(final) as folder:
+        (folder / "images").mkdir(parents=True)
+        for file in (f"{name}.safetensors", LORA_FILES[1]):
+            write_atomic(folder / file, (run.output / LORA_FILES[1]).read_bytes())
+        for file, (_, picture) in [*zip(images, drawn, strict=True), *zip([f"{name}.png"], drawn, strict=False)]:
+            write_picture(folder / file, Image.fromarray(picture))
+        if is_demo(config):
+            write_atomic(folder / "LICENSES.md", (DEMO / "LICENSES.md").read_bytes())
+        write_atomic(folder / f"{name}.json", json.dumps(about, ensure_ascii=False, indent=1).encode())
+        write_atomic(folder / "README.md", model_card(config, run.labels, images, summary).encode())
+        rename_with_retries(folder, final)

@@ -1,0 +1,96 @@
+"""What a LoRA file says about itself in its header, for programs that list LoRAs and for people.
+
+modelspec.*, the fields of Stability AI's ModelSpec, and ss_*, kohya's. No path and no sentence is among them; tags are,
+unless private_captions is on.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+from training.captions import SENTENCE_END, split_tags
+from training.files import InputError
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+SAME = ("learning_rate", "seed", "gradient_accumulation_steps", "max_grad_norm", "clip_skip")  # constants, as ss_...
+SD15 = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "cross_attention_dim": 768}  # its UNet's
+LONGEST_TAG = 5, 40  # words, characters: what is longer may be a sentence
+
+
+def run_start(kept: int | None = None) -> int:
+    """When a run began, in seconds since 1970: SOURCE_DATE_EPOCH, if set, so that equal runs give equal files; else
+    what a checkpoint has kept, or now. Raises InputError: SOURCE_DATE_EPOCH is no such number.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if given and not re.fullmatch("[0-9]{1,10}", given):
+        raise InputError(f"SOURCE_DATE_EPOCH={given!r} must be a whole number, seconds since 1970: correct or unset it")
+    return int(given or kept or time.time())
+
+
+def is_demo(config) -> bool:
+    """Whether the base is the embedded one."""
+    return Path(config.pretrained_model).resolve() == DEMO / "base"
+
+
+def base_name(config) -> str:
+    """The last part of pretrained_model: the rest may be a private path."""
+    return "demo/base" if is_demo(config) else Path(config.pretrained_model).resolve().name
+
+
+def base_hash(config, base: Path) -> str | None:
+    """A1111's short hash of the base's single file, or of a diffusers folder's UNet; None without either."""
+    files = (Path(config.pretrained_model), *sorted(base.glob("unet/diffusion_pytorch_model*")))
+    if file := next(filter(Path.is_file, files), None):
+        with open(file, "rb") as opened:
+            opened.seek(2**20)
+            return hashlib.sha256(opened.read(2**16)).hexdigest()[:8]
+
+
+def tag_frequency(config, dataset) -> dict[str, int]:
+    """How many training faces have each tag, the most frequent first. Empty where captions are sentences."""
+    tags, (words, letters) = Counter(), LONGEST_TAG
+    for face in (dataset.faces[index] for index in dataset.train if dataset.kind != "sentences"):
+        found = {tag for text in face.captions if not SENTENCE_END.search(text) for tag in split_tags(text)}
+        tags.update(tag for tag in found if len(tag) <= letters and len(tag.split()) <= words)
+    tags |= {config.trigger_word: len(dataset)} if config.trigger_word else {}
+    return dict(sorted(tags.items(), key=lambda item: (-item[1], item[0])))
+
+
+def labels_of(config, dataset, model, base: Path, precision: str, started: int) -> dict[str, object]:
+    """All header fields that a run's epochs have in common, in a fixed order; None = left out.
+
+    Only a base of SD 1.5's shapes is called so, and its LoRA fits every other one.
+    """
+    name, unet, side, faces = base_name(config), model.unet.config, config.resolution, len(dataset)
+    is_sd15 = json.loads(json.dumps({name: unet[name] for name in SD15})) == SD15  # in which tuples become lists
+    own = "unet-" + "-".join(map(str, (*unet.block_out_channels, "text", unet.cross_attention_dim)))
+    about = f"Manga faces, learnt from {faces} pictures on {name}. Strength 1 is as trained. Fits "
+    about += "Stable Diffusion 1.5 and what was made from it." if is_sd15 else f"{name} alone, which is no SD 1.5."
+    about += f" Clip skip {config.clip_skip}." if config.clip_skip > 1 else ""
+    about += f" Write {config.trigger_word} in the prompt." if config.trigger_word else ""
+    spec = {"sai_model_spec": "1.0.0", "architecture": f"{'stable-diffusion-v1' if is_sd15 else own}/lora"}
+    spec |= {"implementation": "diffusers", "title": config.lora_name, "resolution": f"{side}x{side}"}
+    spec |= {"description": about, "trigger_phrase": config.trigger_word or None, "tags": "manga, face"}
+    spec |= {"license": "creativeml-openrail-m" if is_sd15 else "cc-by-4.0" if is_demo(config) else "other"}
+    spec |= {"date": datetime.fromtimestamp(started, UTC).isoformat(), "encoder_layer": config.clip_skip}
+    spec |= {"prediction_type": "v" if model.scheduler.config.prediction_type == "v_prediction" else "epsilon"}
+
+    folder, tags = Path(config.dataset_dir).resolve().name, tag_frequency(config, dataset)
+    shapes = Counter(dataset.faces[index].shape for index in dataset.train).most_common()
+    buckets = {str(n): {"resolution": shape[::-1], "count": count} for n, (shape, count) in enumerate(shapes)}
+    kohya = {"base_model_version": "sd_v1" if is_sd15 else own, "v2": False, "training_started_at": started}
+    kohya |= {"sd_model_name": name, "sd_model_hash": base_hash(config, base), "mixed_precision": precision}
+    kohya |= {constant: getattr(config, constant) for constant in SAME}
+    kohya |= {"num_train_images": faces, "num_validation_images": len(dataset.validation)}
+    kohya |= {"num_epochs": config.num_train_epochs, "resolution": f"({side}, {side})"}
+    kohya |= {"lr_scheduler": "cosine with warmup", "optimizer": "torch.optim.AdamW"}
+    kohya |= {"batch_size_per_device": config.train_batch_size, "caption_dropout_rate": config.caption_dropout}
+    lists = {"dataset_dirs": {folder: {"n_repeats": 1, "img_count": faces}}, "bucket_info": {"buckets": buckets}}
+    lists |= {"tag_frequency": {folder: tags}} if tags and not config.private_captions else {}
+    kohya |= {"tag_frequency": None} | {key: json.dumps(value, ensure_ascii=False) for key, value in lists.items()}
+    return {f"modelspec.{key}": value for key, value in spec.items()} | {f"ss_{key}": kohya[key] for key in kohya}
