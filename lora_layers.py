@@ -267,13 +267,11 @@ def save_lora_weights(unet: nn.Module, path, dtype=torch.float16, metadata: dict
 def with_metadata(content: bytes, metadata: dict[str, object]) -> bytes:
     """The bytes of a `.safetensors` file with these header fields added, or replacing its own; the tensors stay.
 
-    Values are turned into strings; a field that is None is taken out. The hashes by which UIs know a LoRA come last:
-    that of its tensors, and A1111's old one, of the 64 KiB that begin at 1 MiB of the file. Equal fields give equal
-    bytes: safetensors' own writer leaves their order to chance.
+    Values become strings; None takes a field out. Added are the hashes by which UIs know a LoRA: that of its tensors,
+    and A1111's old one, of the 64 KiB at 1 MiB. The order is fixed; safetensors' own writer leaves it to chance.
     """
     start = 8 + int.from_bytes(content[:8], "little")
-    tensors, payload = json.loads(content[8:start]), content[start:]
-    sha256 = hashlib.sha256(payload).hexdigest()
+    tensors, sha256 = json.loads(content[8:start]), hashlib.sha256(content[start:]).hexdigest()
     fields = tensors.pop("__metadata__", {}) | metadata
     fields = {str(key): str(value) for key, value in fields.items() if value is not None}
     fields |= {"modelspec.hash_sha256": f"0x{sha256}", "sshs_model_hash": sha256, "sshs_legacy_hash": 8 * "0"}
@@ -281,7 +279,7 @@ def with_metadata(content: bytes, metadata: dict[str, object]) -> bytes:
     def whole() -> bytes:
         header = json.dumps({"__metadata__": fields} | tensors, ensure_ascii=False).encode("utf-8", "replace")
         header += b" " * (-len(header) % 8)
-        return len(header).to_bytes(8, "little") + header + payload
+        return len(header).to_bytes(8, "little") + header + content[start:]
 
     fields["sshs_legacy_hash"] = hashlib.sha256(whole()[2**20 : 2**20 + 2**16]).hexdigest()[:8]
     return whole()

@@ -15,7 +15,7 @@ from PIL import Image
 from evaluation.pictures import write_picture
 from training.checkpoint import LORA_FILES
 from training.files import discard, rename_with_retries, temporary_beside, write_atomic
-from training.labels import DEMO, base_name, is_demo
+from training.labels import DEMO, base_name
 
 HUB_TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "manga"]
 
@@ -69,18 +69,16 @@ def model_card(config, labels: dict, images: dict[str, str], summary: dict) -> s
     """README.md as the hub wants it. images: {file in the folder: its prompt}."""
     from huggingface_hub import ModelCardData
 
-    named, is_local = config.pretrained_model, Path(config.pretrained_model).exists()
+    is_local = Path(config.pretrained_model).exists()
+    named = base_name(config) if is_local else config.pretrained_model
     data = {"license": labels["modelspec.license"], "library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    data |= {"base_model": None if is_local else named, "tags": HUB_TAGS}
-    data |= {"instance_prompt": config.trigger_word or "manga face"}
+    data |= {"base_model": None if is_local else named, "instance_prompt": config.trigger_word or "manga face"}
     data |= {"widget": [{"text": prompt, "output": {"url": url}} for url, prompt in images.items()] or None}
-    template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
-    return template.format(
-        **{"header": ModelCardData(**data).to_yaml(), "config": config, "labels": labels, "summary": summary},
-        pictures=" ".join(f"![a face drawn with it]({url})" for url in images),
-        python="\n".join(_python(config, base_name(config) if is_local else named, LORA_FILES[1])),
-        artists="; its artists are named in LICENSES.md" if is_demo(config) else "",
-    )
+    values = {"header": ModelCardData(tags=HUB_TAGS, **data).to_yaml(), "config": config, "labels": labels}
+    values |= {"pictures": " ".join(f"![a face drawn with it]({url})" for url in images), "summary": summary}
+    values |= {"artists": "; its artists are named in LICENSES.md" if named == DEMO else ""}
+    values |= {"python": "\n".join(_python(config, named, LORA_FILES[1]))}
+    return (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8").format(**values)
 
 
 def write_share(run, config, drawn: list, summary: dict) -> None:
@@ -88,15 +86,16 @@ def write_share(run, config, drawn: list, summary: dict) -> None:
     final, name, about = run.output / "share", config.lora_name, run.labels["modelspec.description"]
     about = {"description": about, "activation text": config.trigger_word, "preferred weight": 1.0}
     images = {f"images/{number}.png": text for number, (text, _) in enumerate(drawn, start=1)}
+    card, weights = model_card(config, run.labels, images, summary), (run.output / LORA_FILES[1]).read_bytes()
+    files = {f"{name}.safetensors": weights, LORA_FILES[1]: weights, "README.md": card.encode()}
+    files |= {f"{name}.json": json.dumps(about, ensure_ascii=False, indent=1).encode()}
+    if base_name(config) == DEMO:
+        files["LICENSES.md"] = (Path(__file__).parent.parent / "demo" / "LICENSES.md").read_bytes()
     discard(final)
     with temporary_beside(final) as folder:
         (folder / "images").mkdir(parents=True)
-        for file in (f"{name}.safetensors", LORA_FILES[1]):
-            write_atomic(folder / file, (run.output / LORA_FILES[1]).read_bytes())
-        for file, (_, picture) in [*zip(images, drawn, strict=True), *zip([f"{name}.png"], drawn, strict=False)]:
+        for file, content in files.items():
+            write_atomic(folder / file, content)
+        for file, (_, picture) in zip([*images, f"{name}.png"], [*drawn, *drawn[:1]], strict=False):
             write_picture(folder / file, Image.fromarray(picture))
-        if is_demo(config):
-            write_atomic(folder / "LICENSES.md", (DEMO / "LICENSES.md").read_bytes())
-        write_atomic(folder / f"{name}.json", json.dumps(about, ensure_ascii=False, indent=1).encode())
-        write_atomic(folder / "README.md", model_card(config, run.labels, images, summary).encode())
         rename_with_retries(folder, final)

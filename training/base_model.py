@@ -101,17 +101,11 @@ def check_resolution(resolution: int, base: Path) -> None:
         raise BaseModelError(f"resolution={resolution} must be {rule} (try {near})")
 
 
-def text_layers(base: Path) -> int:
-    """Layers of the base's text encoder: SD1.5's has 12. What is no number there is found out when it is loaded."""
-    layers = _read_config(base / "text_encoder" / "config.json").get("num_hidden_layers")
-    return layers if type(layers) is int else 12
-
-
 def check_clip_skip(clip_skip: int, base: Path) -> None:
     """Raises BaseModelError: the base's text encoder has no such layer."""
-    if clip_skip > text_layers(base):
-        rule = f"at most {text_layers(base)}, the layers of this base's text encoder"
-        raise BaseModelError(f"clip_skip={clip_skip} must be {rule} (1 and 2 are usual)")
+    layers = _read_config(base / "text_encoder" / "config.json").get("num_hidden_layers")
+    if type(layers) is int and clip_skip > layers:
+        raise BaseModelError(f"clip_skip={clip_skip} must be at most {layers}, the layers of this base's text encoder")
 
 
 def _load(kind, folder: Path, **options):
@@ -150,15 +144,15 @@ def load_vae(base: Path, device: torch.device):
 def load_text_encoder(base: Path, device: torch.device, clip_skip: int = 1):
     """(tokenizer, text encoder in float32), without the last clip_skip - 1 layers; its final layer norm stays.
 
-    So UIs skip layers, for negative prompts too. diffusers' own `clip_skip` doesn't for those, counts from 0, and fails
-    with transformers 5.
+    So do UIs, for negative prompts too; diffusers' own `clip_skip` doesn't for those, and fails with transformers 5.
     """
     from transformers import CLIPTextModel, CLIPTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    layers = text_layers(base) + 1 - clip_skip
-    text_encoder = _load(CLIPTextModel, base / "text_encoder", dtype=torch.float32, num_hidden_layers=layers)
+    text_encoder = _load(CLIPTextModel, base / "text_encoder", dtype=torch.float32)
+    layers = getattr(text_encoder, "text_model", text_encoder).encoder.layers  # the former up to transformers 4
+    del layers[len(layers) + 1 - clip_skip :]
     return _load(CLIPTokenizer, base / "tokenizer"), text_encoder.to(device).eval().requires_grad_(False)
 
 

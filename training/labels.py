@@ -16,7 +16,7 @@ from pathlib import Path
 from training.captions import SENTENCE_END, split_tags
 from training.files import InputError
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
+DEMO = "demo/base"
 SAME = ("learning_rate", "seed", "gradient_accumulation_steps", "max_grad_norm", "clip_skip")  # constants, as ss_...
 SD15 = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "cross_attention_dim": 768}  # its UNet's
 LONGEST_TAG = 5, 40  # words, characters: what is longer may be a sentence
@@ -32,23 +32,18 @@ def run_start(kept: int | None = None) -> int:
     return int(given or kept or time.time())
 
 
-def is_demo(config) -> bool:
-    """Whether the base is the embedded one."""
-    return Path(config.pretrained_model).resolve() == DEMO / "base"
-
-
 def base_name(config) -> str:
-    """The last part of pretrained_model: the rest may be a private path."""
-    return "demo/base" if is_demo(config) else Path(config.pretrained_model).resolve().name
+    """The last part of pretrained_model, for the rest may be a private path; DEMO for the embedded base."""
+    path = Path(config.pretrained_model).resolve()
+    return DEMO if path == Path(__file__).resolve().parent.parent / DEMO else path.name
 
 
 def base_hash(config, base: Path) -> str | None:
     """A1111's short hash of the base's single file, or of a diffusers folder's UNet; None without either."""
-    files = (Path(config.pretrained_model), *sorted(base.glob("unet/diffusion_pytorch_model*")))
-    if file := next(filter(Path.is_file, files), None):
-        with open(file, "rb") as opened:
-            opened.seek(2**20)
-            return hashlib.sha256(opened.read(2**16)).hexdigest()[:8]
+    for file in (Path(config.pretrained_model), *sorted(base.glob("unet/diffusion_pytorch_model*"))):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                return hashlib.sha256(opened.read(2**20 + 2**16)[2**20 :]).hexdigest()[:8]
 
 
 def tag_frequency(config, dataset) -> dict[str, int]:
@@ -75,8 +70,8 @@ def labels_of(config, dataset, model, base: Path, precision: str, started: int) 
     about += f" Write {config.trigger_word} in the prompt." if config.trigger_word else ""
     spec = {"sai_model_spec": "1.0.0", "architecture": f"{'stable-diffusion-v1' if is_sd15 else own}/lora"}
     spec |= {"implementation": "diffusers", "title": config.lora_name, "resolution": f"{side}x{side}"}
+    spec |= {"license": "creativeml-openrail-m" if is_sd15 else "cc-by-4.0" if name == DEMO else "other"}
     spec |= {"description": about, "trigger_phrase": config.trigger_word or None, "tags": "manga, face"}
-    spec |= {"license": "creativeml-openrail-m" if is_sd15 else "cc-by-4.0" if is_demo(config) else "other"}
     spec |= {"date": datetime.fromtimestamp(started, UTC).isoformat(), "encoder_layer": config.clip_skip}
     spec |= {"prediction_type": "v" if model.scheduler.config.prediction_type == "v_prediction" else "epsilon"}
 
