@@ -106,8 +106,7 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
 
     The files are what a user loads, and are scored as such. Without pictures the lowest validation loss decides.
     """
-    output = run.output
-    candidates = _intact_candidates(output, state, run.log)
+    output, candidates = run.output, _intact_candidates(run.output, state, run.log)
     epochs, scored, evaluation = list(candidates), {}, None
     if config.sample_prompts:
         spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them

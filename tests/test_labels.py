@@ -14,7 +14,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, SD15_CONFIG, exported, run, signal_at_step
+from conftest import ROOT, exported, run, signal_at_step
 from PIL import Image
 from safetensors import safe_open
 
@@ -113,19 +113,19 @@ def test_the_hashes_are_those_of_a_file_that_reaches_beyond_1_mib():
     assert parts_of(again)[0]["__metadata__"]["c"] == "? 漫画"
 
 
-def test_only_a_base_of_sd15_s_shapes_is_called_so_and_has_its_licence(finished, tiny_base):
+def test_only_a_base_of_sd15_s_shapes_is_called_so_and_has_its_licence(finished, sd15_unet):
     config, header = finished
     assert header["modelspec.architecture"] == "unet-8-16-16-16-text-16/lora" and header["modelspec.license"] == "other"
     assert header["ss_base_model_version"] != "sd_v1" and "no SD 1.5" in header["modelspec.description"]
-    assert of_base(config, SD15_CONFIG)["modelspec.architecture"] == "stable-diffusion-v1/lora"  # Forge: SD1
-    assert of_base(config, SD15_CONFIG)["ss_base_model_version"] == "sd_v1"
-    assert of_base(config, SD15_CONFIG)["modelspec.license"] == "creativeml-openrail-m"
+    assert of_base(config, sd15_unet.config)["modelspec.architecture"] == "stable-diffusion-v1/lora"  # Forge: SD1
+    assert of_base(config, sd15_unet.config)["ss_base_model_version"] == "sd_v1"
+    assert of_base(config, sd15_unet.config)["modelspec.license"] == "creativeml-openrail-m"
     for name, value in (
         ("cross_attention_dim", 1024),
         ("block_out_channels", (320, 640, 1280)),
         ("layers_per_block", 1),
     ):
-        assert "unet-" in of_base(config, SD15_CONFIG | {name: value})["modelspec.architecture"], name
+        assert "unet-" in of_base(config, sd15_unet.config | {name: value})["modelspec.architecture"], name
     demo = dataclasses.replace(config, pretrained_model=str(ROOT / "demo" / "base"))
     assert of_base(demo, {"block_out_channels": (32, 64)})["modelspec.license"] == "cc-by-4.0"
 

@@ -22,12 +22,8 @@ METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weig
 PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
 PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
 PRODUCTS += ("samples", "checkpoints", "last", "candidates", "tensorboard", "share", PAGE)  # --overwrite deletes all
-GO_ON = {
-    "num_train_epochs",
-    "early_stopping_patience",
-    "lora_name",
-    "private_captions",
-}  # if changed, after the end too
+# After the end of a run these, if changed, go on from it, or export it anew
+GO_ON = {"num_train_epochs", "early_stopping_patience", "lora_name", "private_captions"}
 ABOUT = ("data", "processes", "precision")  # in config.json besides the constants
 LOCK = re.compile(r"\.running-(\d+)-(\d+)@(.*)")  # process number, when it started, its machine
 

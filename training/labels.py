@@ -19,7 +19,6 @@ from training.files import InputError
 DEMO = "demo/base"
 SAME = ("learning_rate", "seed", "gradient_accumulation_steps", "max_grad_norm", "clip_skip")  # constants, as ss_...
 SD15 = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "cross_attention_dim": 768}  # its UNet's
-LONGEST_TAG = 5, 40  # words, characters: what is longer may be a sentence
 
 
 def run_start(kept: int | None = None) -> int:
@@ -48,19 +47,16 @@ def base_hash(config, base: Path) -> str | None:
 
 def tag_frequency(config, dataset) -> dict[str, int]:
     """How many training faces have each tag, the most frequent first. Empty where captions are sentences."""
-    tags, (words, letters) = Counter(), LONGEST_TAG
+    tags = Counter()
     for face in (dataset.faces[index] for index in dataset.train if dataset.kind != "sentences"):
         found = {tag for text in face.captions if not SENTENCE_END.search(text) for tag in split_tags(text)}
-        tags.update(tag for tag in found if len(tag) <= letters and len(tag.split()) <= words)
+        tags.update(tag for tag in found if len(tag) <= 40 and len(tag.split()) <= 5)  # longer ones may be sentences
     tags |= {config.trigger_word: len(dataset)} if config.trigger_word else {}
     return dict(sorted(tags.items(), key=lambda item: (-item[1], item[0])))
 
 
 def labels_of(config, dataset, model, base: Path, precision: str, started: int) -> dict[str, object]:
-    """All header fields that a run's epochs have in common, in a fixed order; None = left out.
-
-    Only a base of SD 1.5's shapes is called so, and its LoRA fits every other one.
-    """
+    """All header fields that a run's epochs have in common, in a fixed order; None = left out."""
     name, unet, side, faces = base_name(config), model.unet.config, config.resolution, len(dataset)
     is_sd15 = json.loads(json.dumps({name: unet[name] for name in SD15})) == SD15  # in which tuples become lists
     own = "unet-" + "-".join(map(str, (*unet.block_out_channels, "text", unet.cross_attention_dim)))
