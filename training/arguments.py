@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from training.files import Stop
+from training.labels import run_start
 from training.layouts import may_hold_captions
 
 LORA_NAME = r"(?!(none|addams|con|prn|aux|nul|(com|lpt)[0-9¹²³]|.*pytorch_lora_weights)$)\w[\w-]{0,63}"
@@ -62,6 +63,7 @@ def check_config(config) -> None:
             if not is_good(getattr(config, name)):
                 raise Stop(2, f"{name}={getattr(config, name)!r} must be {rule}")
 
+    run_start()  # which the environment may spoil, and numpy would fail on it
     for field in dataclasses.fields(config):  # a flag's type was checked, a constant's edited in the file wasn't
         kinds = (float, int) if field.type is float else (type(field.default),)
         if isinstance(field.default, tuple):

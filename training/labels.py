@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from training.captions import SENTENCE_END, split_tags
-from training.files import InputError
+from training.files import Stop
 
 DEMO = "demo/base"
 SAME = ("learning_rate", "seed", "gradient_accumulation_steps", "max_grad_norm", "clip_skip")  # constants, as ss_...
@@ -23,11 +23,11 @@ SD15 = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "cr
 
 def run_start(kept: int | None = None) -> int:
     """When a run began, in seconds since 1970: SOURCE_DATE_EPOCH, if set, so that equal runs give equal files; else
-    what a checkpoint has kept, or now. Raises InputError: SOURCE_DATE_EPOCH is no such number.
+    what a checkpoint has kept, or now. Raises Stop(2): SOURCE_DATE_EPOCH is no such number.
     """
     given = os.environ.get("SOURCE_DATE_EPOCH")
-    if given and not re.fullmatch("[0-9]{1,10}", given):
-        raise InputError(f"SOURCE_DATE_EPOCH={given!r} must be a whole number, seconds since 1970: correct or unset it")
+    if given is not None and not re.fullmatch("[0-9]{1,10}", given):
+        raise Stop(2, f"SOURCE_DATE_EPOCH={given!r} must be a whole number, seconds since 1970: correct or unset it")
     return int(given or kept or time.time())
 
 
