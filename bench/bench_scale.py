@@ -4,9 +4,10 @@
     python bench/bench_scale.py --faces 100,1000
     python bench/bench_scale.py --table                    the results as markdown
 
-The demo's base at 64 px; the faces are the demo's, each copy with a few pixels of its own, so that none is cached
-before. Per face: reading (decode, hash, caption), encoding (VAE, written to the cache), reading that cache. Per step
-of 8: drawing, and the step, which may depend on the number of faces only through memory.
+The demo's base at 64 px; the faces are the demo's, each copy with a few pixels and seven captions of its own, so that
+none is cached before. Per face: reading (decode, hash, captions), encoding (VAE and text encoder, written to the
+cache), checking that cache at the next start. Per step of 8: drawing, and the step. What of the data set lies on the
+device is one step's, whatever its size; what the process grows by is measured.
 """
 
 import argparse
@@ -29,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from bench_training import describe_machine, git_commit  # noqa: E402
 
 STEPS = 30  # timed, of each data set in turn
+CAPTIONS = 7  # of each face
 
 
 def make_faces(folder: Path, count: int) -> None:
@@ -43,7 +45,9 @@ def make_faces(folder: Path, count: int) -> None:
         pixels = np.array(pictures[number % len(pictures)])
         pixels[0, :8] = random.integers(256, size=(8, 3))
         Image.fromarray(pixels).save(folder / f"face{number:05d}.png")
-        listed.append({"image_name": f"face{number:05d}", "captions": entries[number % len(entries)]["captions"]})
+        known = entries[number % len(entries)]["captions"]
+        captions = [f"{known[caption % len(known)]}, number {number} {caption}" for caption in range(CAPTIONS)]
+        listed.append({"image_name": f"face{number:05d}", "captions": captions})
     (folder / "captions.json").write_text(json.dumps(listed), encoding="utf-8")
 
 
@@ -52,11 +56,11 @@ def measure_data_set(folder: Path, count: int) -> tuple[dict, object]:
     import torch
 
     from dataset import MangaFaceDataset
-    from training.base_model import load_vae
-    from training.encoding import EncodedDataset, encode_faces, folder_identity
+    from training.base_model import load_text_encoder, load_vae
+    from training.encoding import EncodedDataset, encode_faces, encode_texts, folder_identity
 
     make_faces(folder, count)
-    base, cache, seconds = ROOT / "demo" / "base", folder / "cache", {}
+    base, cache, seconds, device = ROOT / "demo" / "base", folder / "cache", {}, torch.device("cpu")
 
     def timed(name: str, act):
         start = time.perf_counter()
@@ -64,15 +68,21 @@ def measure_data_set(folder: Path, count: int) -> tuple[dict, object]:
         seconds[name] = time.perf_counter() - start
         return result
 
+    vae, text_encoder = load_vae(base, device), load_text_encoder(base, device)
+    identity, before = folder_identity(base / "vae"), psutil.Process().memory_info().rss
     dataset = timed("read", lambda: MangaFaceDataset(folder, folder / "captions.json", 64))
-    vae = load_vae(base, torch.device("cpu"))
-    identity = folder_identity(base / "vae")
-    timed("encode", lambda: encode_faces(dataset, cache, identity, lambda: vae))
-    latents = timed("cached", lambda: encode_faces(dataset, cache, identity, lambda: vae))
-    encoded = EncodedDataset(*latents, torch.randn(len(dataset.texts), 77, 128))
+
+    def encode() -> EncodedDataset:
+        faces = encode_faces(dataset, cache, identity, lambda: vae)
+        return EncodedDataset(faces, encode_texts(dataset.texts, cache, identity, lambda: text_encoder), device)
+
+    timed("encode", encode)
+    encoded = timed("cached", encode)
     timed("order", lambda: dataset.epoch_order(1))
-    resident = sum(tensor.nbytes for tensor in latents)
-    return {"faces": count, "seconds": seconds, "resident_bytes": resident}, (dataset, encoded)
+    disk = sum(file.stat().st_size for file in cache.rglob("*.records"))
+    grown = psutil.Process().memory_info().rss - before
+    record = {"faces": count, "texts": len(dataset.texts), "seconds": seconds, "disk_bytes": disk, "grown_bytes": grown}
+    return record, (dataset, encoded)
 
 
 def measure_steps(sets: list, records: list[dict]) -> None:
@@ -90,7 +100,7 @@ def measure_steps(sets: list, records: list[dict]) -> None:
         for (dataset, encoded), (drawing, gradient) in zip(sets, seconds, strict=True):
             positions = dataset.epoch_order(0)[8 * (step % 10) : 8 * (step % 10) + 8]
             start = time.perf_counter()
-            batch = draw_batch(dataset, positions, 0, step, encoded.latent_mean.shape[1:], 1000, 0.1)
+            batch = draw_batch(dataset, positions, 0, step, tuple(encoded.latents[0].shape[1:]), 1000, 0.1)
             drawn = time.perf_counter()
             accumulate_gradients(model.unet, model.scheduler, encoded, batch, torch.arange(8), 8, model.scaler)
             drawing.append(drawn - start)
@@ -139,15 +149,16 @@ def measure_processes(folder: Path, epochs: int = 3) -> list[dict]:
 def table(result: dict) -> str:
     """Markdown for docs/results.md."""
     lines = [
-        "| faces | read, ms each | encode, ms each | from the cache, ms each | latents in memory | drawing a step "
-        "| a step |",
-        "|---|---|---|---|---|---|---|",
+        "| faces | texts | read, ms a face | encode, ms a face | check the cache, ms a face | cache | the process "
+        "grows by | drawing a step | a step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in result["data_sets"]:
         each = {name: 1000 * seconds / record["faces"] for name, seconds in record["seconds"].items()}
         lines.append(
-            f"| {record['faces']:,} | {each['read']:.2f} | {each['encode']:.1f} | {each['cached']:.2f} | "
-            f"{record['resident_bytes'] / 2**20:.1f} MiB | {1000 * record['draw_s']:.2f} ms | "
+            f"| {record['faces']:,} | {record['texts']:,} | {each['read']:.2f} | {each['encode']:.1f} | "
+            f"{each['cached']:.2f} | {record['disk_bytes'] / 2**20:,.0f} MiB | "
+            f"{record['grown_bytes'] / 2**20:,.0f} MiB | {1000 * record['draw_s']:.2f} ms | "
             f"{1000 * record['step_s']:.0f} ms |"
         )
     lines += ["", "| processes x threads | images/s | validation loss |", "|---|---|---|"]

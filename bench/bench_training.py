@@ -90,10 +90,10 @@ def build_ours(args, micro_batch: int | None, checkpointing: bool | None) -> tup
     model = build_model(config, args.base, device, dtype, log=lambda text: None)
     latent_shape, text_shape = latent_shape_of(args), (77, model.unet.config.cross_attention_dim)
     encoded = EncodedDataset(
-        torch.randn(len(dataset.faces), *latent_shape),
-        torch.full((len(dataset.faces), *latent_shape), 0.1),
+        torch.randn(len(dataset.faces), 2, *latent_shape) * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1, 1) + 0.1,
         torch.randn(len(dataset.texts), *text_shape).to(dtype),
-    ).to(device)
+        device,
+    )
     if checkpointing is None:
         plans = memory_plans(model.unet, latent_shape, text_shape, EFFECTIVE_BATCH, "auto")
         plan = choose_plan(plans, free_bytes(device, 1))

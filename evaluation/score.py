@@ -39,9 +39,10 @@ class References:
         chosen = np.linspace(0, len(dataset.train) - 1, min(MAX_FACES, len(dataset.train))).round().astype(int)
         faces = [dataset.train[position] for position in chosen]
         crops = [dataset.square_crop(face) for face in range(len(dataset.faces))]
-        latents, _ = encode_faces(dataset, config.cache_dir, vae_identity, lambda: vae, crops=crops)
+        latents = encode_faces(dataset, config.cache_dir, vae_identity, lambda: vae, crops=crops)
         self.names = [dataset.faces[face].name for face in dataset.train]  # of all
-        self.latents = latents[dataset.train].flatten(1).numpy()  # (all, D) float32: posterior means
+        means = torch.stack([latents[face][0] for face in dataset.train])  # of the VAE's posterior
+        self.latents = means.flatten(1).numpy()  # (all, D) float32
         self.pixels = np.stack([face_pixels(dataset, face) for face in faces])  # (m, H, W, 3) uint8
         self.line_art = measures.line_art(self.pixels)  # each (m,)
         strokes = measures.stroke_directions(self.pixels)

@@ -385,12 +385,7 @@ def test_the_largest_shape_is_rehearsed_and_planned_for(mixed, monkeypatch):
         gradient_checkpointing, unet = "auto", None
         from_main = least = log = staticmethod(lambda thing: thing)
 
-    means = [torch.zeros(shape) for shape in latent_shapes(mixed)]
-    data = type(
-        "Data",
-        (),
-        {"encoded": EncodedDataset(means, means, torch.zeros(1, 77, 16)), "latent_shapes": latent_shapes(mixed)},
-    )
+    data = type("Data", (), {"prompts": torch.zeros(1, 77, 16), "latent_shapes": latent_shapes(mixed)})
     memory.plan_memory(Anything(), Anything(), data, Anything())
     assert math.prod(planned[0][1]) == max(map(math.prod, latent_shapes(mixed)))
 
@@ -407,9 +402,8 @@ def precise(tiny_base, mixed):
     unet.double()
     for parameter in lora_parameters(unet):
         torch.nn.init.normal_(parameter, std=0.1)
-    mean = [torch.randn(shape).double() for shape in latent_shapes(mixed)]
-    std = [torch.rand(shape).double() for shape in latent_shapes(mixed)]
-    return unet, scheduler, EncodedDataset(mean, std, torch.randn(len(mixed.texts), 77, 16).double())
+    latents = [torch.stack((torch.randn(shape), torch.rand(shape))).double() for shape in latent_shapes(mixed)]
+    return unet, scheduler, EncodedDataset(latents, torch.randn(len(mixed.texts), 77, 16).double(), CPU)
 
 
 def mixed_batch(mixed) -> denoising.Batch:
@@ -436,7 +430,8 @@ def test_a_mixed_step_equals_the_formula_image_by_image(precise, mixed):
     for parameter in lora_parameters(unet):
         parameter.grad = None
     for image, face in enumerate(batch.faces.tolist()):
-        latents = encoded.latent_mean[face] + encoded.latent_std[face] * batch.posterior_noise[image]
+        mean, std = encoded.latents[face]
+        latents = mean + std * batch.posterior_noise[image]
         noise, time = batch.noise[image], batch.timesteps[image : image + 1]
         noisy = scheduler.add_noise(latents[None], noise[None], time)
         prediction = unet(noisy, time, encoded.text_embeddings[batch.texts[image]][None]).sample[0]
@@ -476,7 +471,7 @@ def test_validation_goes_face_by_face_with_noise_of_the_face_s_shape(precise, mi
         noise = torch.randn(8, *latent_shapes(mixed)[face], generator=generator)
         text = encoded.text_embeddings[mixed.first_text[face]]
         for time, one in zip(timesteps[:, None], noise, strict=True):
-            noisy = scheduler.add_noise(encoded.latent_mean[face][None], one[None], time)
+            noisy = scheduler.add_noise(encoded.latents[face][:1], one[None], time)
             with torch.no_grad():
                 losses.append((unet(noisy, time, text[None]).sample - one).square().mean().item())
     assert len({latent_shapes(mixed)[face] for face in mixed.validation}) > 1
@@ -489,17 +484,17 @@ def test_validation_goes_face_by_face_with_noise_of_the_face_s_shape(precise, mi
 def test_latents_are_keyed_by_box_and_shape(tmp_path, mixed, tiny_base):
     vae, encoded = load_vae(tiny_base, CPU), []
     vae.encoder.register_forward_hook(lambda _, given, __: encoded.append(given[0].shape))
-    mean, std = encode_faces(mixed, tmp_path, "vae", lambda: vae)
-    assert isinstance(mean, list) and [tuple(one.shape) for one in std] == latent_shapes(mixed)
+    latents = encode_faces(mixed, tmp_path, "vae", lambda: vae)
+    assert [tuple(one.shape) for one in latents] == [(2, *shape) for shape in latent_shapes(mixed)]
     assert [tuple(shape[2:]) for shape in encoded] == [face.shape for face in mixed.faces]
     with torch.no_grad():
         pixels = load_image(mixed.faces[6].path, mixed.faces[6].box, mixed.faces[6].shape)
         expected = vae.encode(pixels[None]).latent_dist.mean[0] * vae.config.scaling_factor
-    torch.testing.assert_close(mean[6], expected)
+    torch.testing.assert_close(latents[6][0], expected)
     encoded.clear()
     square = read(mixed.dataset_dir, framing="square")
-    mean, _ = encode_faces(square, tmp_path, "vae", lambda: vae)
-    assert torch.is_tensor(mean) and len(encoded) == sum(width != height for width, height in SIZES)
+    latents = encode_faces(square, tmp_path, "vae", lambda: vae)
+    assert len({one.shape for one in latents}) == 1 and len(encoded) == sum(width != height for width, height in SIZES)
     moved = dataclasses.replace(mixed.faces[6], box=tuple(np.add(mixed.faces[6].box, (0.5, 0, 0.5, 0))))
     encoded.clear()
     mixed_again = read(mixed.dataset_dir)
@@ -507,7 +502,7 @@ def test_latents_are_keyed_by_box_and_shape(tmp_path, mixed, tiny_base):
     encode_faces(mixed_again, tmp_path, "vae", lambda: vae)
     assert len(encoded) == 1
     smaller = read(mixed.dataset_dir, framing="square", resolution=64)  # the same boxes
-    assert encode_faces(smaller, tmp_path, "vae", lambda: vae)[0].shape == (len(SIZES), 4, 16, 16)
+    assert {one.shape for one in encode_faces(smaller, tmp_path, "vae", lambda: vae)} == {(2, 4, 16, 16)}
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """dataset.py against references of its own: drawing, hold-out, pixels, captions, cache. CPU, offline."""
 
+import copy
 import hashlib
 import json
 import math
@@ -10,19 +11,21 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image, ImageOps
 
 import dataset as dataset_module
 from dataset import MangaFaceDataset
+from training import cache as cache_module
 from training import encoding, pictures
 from training.base_model import find_tokenizer, load_text_encoder, load_vae
+from training.cache import HEADER, Cache
 from training.encoding import encode_faces, encode_texts, folder_identity
-from training.files import InputError
+from training.files import InputError, Stop
 from training.pictures import load_image
 
 CPU = torch.device("cpu")
@@ -254,11 +257,11 @@ def test_one_picture_many_times_over_is_never_the_hold_out(tmp_path):
         faces = make_faces(tmp_path / str(number), [COMMON] * 40)
         with Image.open(faces.faces[number].path) as opened:
             picture = opened.convert("RGB")
-        for copy in range(10, 40):
+        for edit in range(10, 40):
             changed = picture.copy()
-            red, green, blue = picture.getpixel((copy % 8, copy // 8))
-            changed.putpixel((copy % 8, copy // 8), (red ^ 1, green, blue))
-            changed.save(faces.dataset_dir / f"face{copy:03d}.png")
+            red, green, blue = picture.getpixel((edit % 8, edit // 8))
+            changed.putpixel((edit % 8, edit // 8), (red ^ 1, green, blue))
+            changed.save(faces.dataset_dir / f"face{edit:03d}.png")
         faces = MangaFaceDataset(faces.dataset_dir, faces.json_file, 8)
         many = max(faces.alike, key=len)
         assert len(many) >= 30 and len(faces.validation) == 4 and not set(many) & set(faces.validation)
@@ -282,8 +285,8 @@ def test_a_picture_that_memory_does_not_suffice_for_is_not_taken_for_a_bad_one(t
 
 def test_a_cache_that_loses_what_was_just_encoded_is_named(tmp_path, monkeypatch):
     faces = make_faces(tmp_path / "faces", [COMMON] * 3)
-    monkeypatch.setattr(encoding, "encode_image", lambda *_: (torch.zeros(4, 1, 1), torch.ones(4, 1, 1)))
-    monkeypatch.setattr(encoding, "_write_entry", lambda *_: None)
+    monkeypatch.setattr(encoding, "encode_image", lambda *_: torch.ones(2, 4, 1, 1))
+    monkeypatch.setattr(Cache, "_append", lambda *_: None)
     with pytest.raises(InputError, match="leave cache_dir alone"):
         encode_faces(faces, tmp_path / "cache", "vae", lambda: None)
 
@@ -625,10 +628,15 @@ class Counting:
         self.encoded += 1
 
 
-def encode_and_count(faces, cache, identity, base) -> tuple[torch.Tensor, torch.Tensor, int]:
+def encode_and_count(faces, cache, identity, base) -> tuple[torch.Tensor, int]:
+    """(latents of all faces, how many of them went through the VAE)."""
     loader = Counting(base)
-    mean, std = encode_faces(faces, cache, identity, loader)
-    return mean, std, loader.encoded
+    latents = torch.stack(list(encode_faces(faces, cache, identity, loader)))
+    return latents, loader.encoded
+
+
+def records(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.records"))
 
 
 @pytest.fixture
@@ -638,22 +646,23 @@ def few(tmp_path) -> MangaFaceDataset:
 
 def test_cached_latents_equal_the_vae_and_nothing_unchanged_is_encoded_again(tmp_path, few, tiny_base):
     cache, identity = tmp_path / "cache", folder_identity(tiny_base / "vae")
-    mean, std, encoded = encode_and_count(few, cache, identity, tiny_base)
+    latents, encoded = encode_and_count(few, cache, identity, tiny_base)
     assert encoded == 6
     vae = load_vae(tiny_base, CPU)
     with torch.no_grad():
         for index, sample in enumerate(few.faces):
             posterior = vae.encode(load_image(sample.path, None, (16, 16))[None]).latent_dist
-            assert torch.equal(mean[index], posterior.mean[0] * vae.config.scaling_factor)
-            assert torch.equal(std[index], posterior.std[0] * vae.config.scaling_factor)
+            assert torch.equal(latents[index][0], posterior.mean[0] * vae.config.scaling_factor)
+            assert torch.equal(latents[index][1], posterior.std[0] * vae.config.scaling_factor)
     again = encode_faces(few, cache, identity, forbidden)
-    assert torch.equal(again[0], mean) and torch.equal(again[1], std)
+    assert torch.equal(torch.stack(list(again)), latents)
     renamed = few.json_file.read_text().replace("face00", "other00").replace(COMMON, "other captions")
     few.json_file.write_text(renamed)
     for path in few.dataset_dir.glob("face*.png"):
         path.rename(path.with_name(path.name.replace("face", "other")))
     other = MangaFaceDataset(few.dataset_dir, few.json_file, 16, "off", validation_share=0, seed=4)
-    assert torch.equal(encode_faces(other, cache, identity, forbidden)[0], mean)  # neither names nor captions matter
+    again = encode_faces(other, cache, identity, forbidden)
+    assert torch.equal(torch.stack(list(again)), latents)  # neither names nor captions matter
 
 
 def test_exactly_what_changed_is_encoded_again(tmp_path, few, tiny_base):
@@ -664,15 +673,15 @@ def test_exactly_what_changed_is_encoded_again(tmp_path, few, tiny_base):
     pixels[4, 4, 0] ^= 128  # one pixel of one face
     Image.fromarray(pixels).save(few.faces[2].path)
     changed = MangaFaceDataset(few.dataset_dir, few.json_file, 16)
-    mean, _, encoded = encode_and_count(changed, cache, identity, tiny_base)
+    latents, encoded = encode_and_count(changed, cache, identity, tiny_base)
     assert encoded == 1
-    assert [torch.equal(new, old) for new, old in zip(mean, before, strict=True)] == [n != 2 for n in range(6)]
+    assert [torch.equal(new, old) for new, old in zip(latents, before, strict=True)] == [n != 2 for n in range(6)]
 
     larger = MangaFaceDataset(few.dataset_dir, few.json_file, 24)  # the resolution
-    mean, _, encoded = encode_and_count(larger, cache, identity, tiny_base)
-    assert encoded == 6 and mean.shape[-2:] == (6, 6)
+    latents, encoded = encode_and_count(larger, cache, identity, tiny_base)
+    assert encoded == 6 and latents.shape[-2:] == (6, 6)
 
-    assert encode_and_count(changed, cache, "another VAE", tiny_base)[2] == 6
+    assert encode_and_count(changed, cache, "another VAE", tiny_base)[1] == 6
     encode_faces(changed, cache, identity, forbidden)  # and the first ones are still there
 
 
@@ -687,42 +696,87 @@ def test_another_vae_under_the_same_name_has_another_identity(tmp_path, tiny_bas
     assert folder_identity(tmp_path) != before
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "not a number", "garbage", "one bit"])
-def test_a_damaged_entry_is_encoded_again(tmp_path, few, tiny_base, damage):
+DAMAGE = {  # to the fourth of six records, each of one block
+    "a bit of the tensor": lambda file, start: flip(file, start + 600),
+    "a bit of its header": lambda file, start: flip(file, start + 70),
+    "its header's hash": lambda file, start: flip(file, start + 3),
+    "garbage": lambda file, start: file[:start] + b"\xff" * 4096 + file[start + 4096 :],
+    "zeros": lambda file, start: file[:start] + bytes(4096) + file[start + 4096 :],
+}
+
+
+def flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_encoded_again_alone(tmp_path, few, tiny_base, damage):
     cache = tmp_path / "cache"
-    mean, std, _ = encode_and_count(few, cache, "vae", tiny_base)
-    file = sorted(cache.rglob("*.safetensors"))[3]
-    if damage == "not a number":
-        tensors = safetensors.torch.load(file.read_bytes())
-        tensors["std"][0, 0, 0] = math.nan
-        safetensors.torch.save_file(tensors, file)
-    else:
-        whole = file.read_bytes()
-        file.write_bytes(
-            {
-                "torn": whole[:-9],
-                "empty": b"",
-                "garbage": b"\xff" * len(whole),
-                "one bit": whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:],
-            }[damage]
-        )
-    again = encode_and_count(few, cache, "vae", tiny_base)
-    assert again[2] == 1
-    assert torch.equal(again[0], mean) and torch.equal(again[1], std)
+    latents, _ = encode_and_count(few, cache, "vae", tiny_base)
+    (file,) = records(cache)
+    assert file.stat().st_size == 6 * 4096
+    file.write_bytes(DAMAGE[damage](file.read_bytes(), 3 * 4096))
+    again, encoded = encode_and_count(few, cache, "vae", tiny_base)
+    assert encoded == 1 and torch.equal(again, latents)
+    again = encode_faces(few, cache, "vae", forbidden)  # from then on the new one counts
+    assert torch.equal(torch.stack(list(again)), latents) and len(records(cache)) == 2
+
+
+@pytest.mark.parametrize("left", [0, 1, 511, 513, 1023, 1024, 4000])
+def test_of_a_torn_cache_file_what_is_whole_is_used(tmp_path, few, tiny_base, left):
+    latents, _ = encode_and_count(few, tmp_path, "vae", tiny_base)
+    (file,) = records(tmp_path)
+    os.truncate(file, 4 * 4096 + left)
+    again, encoded = encode_and_count(few, tmp_path, "vae", tiny_base)
+    assert torch.equal(again, latents)
+    assert encoded == (1 if left >= HEADER + latents[0].nbytes else 2)
+
+
+def test_a_cache_file_that_is_cut_while_a_run_reads_it_is_named(tmp_path, few, tiny_base):
+    latents = encode_faces(few, tmp_path, "vae", Counting(tiny_base))
+    (file,) = records(tmp_path)
+    os.truncate(file, 1000)
+    with pytest.raises(InputError, match="leave cache_dir alone while a run is at work"):
+        latents[4]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows deletes no open file")
+def test_deleting_the_cache_during_a_run_does_no_harm(tmp_path, few, tiny_base):
+    latents = encode_faces(few, tmp_path / "cache", "vae", Counting(tiny_base))
+    before = latents[4]
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(latents[4], before)
+
+
+def test_a_disk_that_is_too_small_is_told_before_more_than_one_face_is_encoded(tmp_path, few, tiny_base, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=6 * 4096 + 5 * 512))
+    loader = Counting(tiny_base)
+    with pytest.raises(Stop, match=r"6 faces take 0 MiB in .*, but its disk has 0 MiB free: free some, or set cache"):
+        encode_faces(few, tmp_path, "vae", loader)
+    assert loader.encoded == 1 and not records(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=6 * 4096 + 6 * 512))
+    encode_faces(few, tmp_path, "vae", loader)
+
+
+def test_more_cache_files_than_a_process_may_open_are_read(tmp_path, few, tiny_base, monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_OPEN", 2)
+    for number in range(6):
+        alone = copy.copy(few)
+        alone.faces = few.faces[number : number + 1]
+        assert encode_and_count(alone, tmp_path, "vae", tiny_base)[1] == 1
+    assert len(records(tmp_path)) == 6
+    latents = encode_faces(few, tmp_path, "vae", forbidden)
+    assert torch.equal(torch.stack(list(latents)), encode_and_count(few, tmp_path / "new", "vae", tiny_base)[0])
+    assert len(latents.cache.open) <= 2
 
 
 def test_an_interrupted_encoding_goes_on_with_the_rest_and_ends_with_the_same_bits(tmp_path, few, tiny_base):
     cache, loader = tmp_path / "cache", Counting(tiny_base, break_off_after=4)
     with pytest.raises(KeyboardInterrupt):
         encode_faces(few, cache, "vae", loader)
-    mean, std, encoded = encode_and_count(few, cache, "vae", tiny_base)
+    latents, encoded = encode_and_count(few, cache, "vae", tiny_base)
     assert encoded == 2
-    whole = encode_and_count(few, tmp_path / "another", "vae", tiny_base)
-    assert torch.equal(mean, whole[0]) and torch.equal(std, whole[1])
-    files, others = (
-        sorted(path.relative_to(folder) for path in folder.rglob("*.*")) for folder in (cache, tmp_path / "another")
-    )
-    assert files == others and not list(cache.rglob("*.tmp"))
+    assert torch.equal(latents, encode_and_count(few, tmp_path / "another", "vae", tiny_base)[0])
 
 
 def test_two_processes_share_the_faces_and_get_the_same_latents_as_one(tmp_path, few, tiny_base):
@@ -735,7 +789,7 @@ def test_two_processes_share_the_faces_and_get_the_same_latents_as_one(tmp_path,
             for rank, model in enumerate(models)
         ]
         for result in [some.result() for some in work]:
-            assert torch.equal(result[0], alone[0]) and torch.equal(result[1], alone[1])
+            assert torch.equal(torch.stack(list(result)), alone[0])
     assert [loader.encoded for loader in loaders] == [3, 3]
 
 
@@ -747,7 +801,7 @@ def test_a_face_that_encodes_to_nan_is_named(tmp_path, few, tiny_base):
 
     with pytest.raises(InputError, match=r"face000\.png encodes to NaN"):
         encode_faces(few, tmp_path / "cache", "vae", broken)
-    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert not records(tmp_path)
 
 
 def test_texts_that_encode_to_nan_are_named_and_not_cached(tmp_path, tiny_base):
@@ -756,30 +810,45 @@ def test_texts_that_encode_to_nan_are_named_and_not_cached(tmp_path, tiny_base):
         text_encoder.get_input_embeddings().weight.data[tokenizer("z").input_ids[1]] = math.inf
         return tokenizer, text_encoder
 
-    with pytest.raises(InputError, match="1 texts encode to NaN or infinity, 'z' first"):
+    with pytest.raises(InputError, match="'z' encodes to NaN or infinity: the text encoder"):
         encode_texts(["", "a", "z"], tmp_path, "identity", damaged)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert encode_texts(["", "a"], tmp_path, "identity", lambda: load_text_encoder(tiny_base, CPU))[1].isfinite().all()
 
 
 def test_text_embeddings_equal_the_pipelines_and_are_encoded_once(tmp_path, tiny_base):
     from diffusers import StableDiffusionPipeline
 
     texts = ["", "A manga face", "x" * 200, *(f"face number {number}" for number in range(40))]  # two chunks
-    embeddings = encode_texts(texts, tmp_path, "te", lambda: load_text_encoder(tiny_base, CPU))
+
+    def encode(texts, load, identity="te", *dtype):
+        return torch.stack(list(encode_texts(texts, tmp_path, identity, load, *dtype)))
+
+    load = lambda: load_text_encoder(tiny_base, CPU)  # noqa: E731
+    embeddings = encode(texts, load)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
     with torch.no_grad():
         expected = torch.cat([pipe.encode_prompt(text, CPU, 1, False)[0] for text in texts])
     assert embeddings.shape == (len(texts), 77, 16)
     torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-5)
 
-    assert torch.equal(encode_texts(texts, tmp_path, "te", forbidden), embeddings)
-    half = encode_texts(texts, tmp_path, "te", lambda: load_text_encoder(tiny_base, CPU), torch.float16)
-    assert torch.equal(half, embeddings.half())
+    assert torch.equal(encode(texts, forbidden), embeddings)
+    assert torch.equal(encode(texts[::-1], forbidden), embeddings.flip(0))  # each by itself
+    assert torch.equal(encode(texts, load, "te", torch.float16), embeddings.half())
+    assert torch.equal(encode(texts, forbidden, "te", torch.float16), embeddings.half())
     for changed in ((["", "another"], "te", torch.float32), (texts, "another te", torch.float32)):
         with pytest.raises(AssertionError, match="a model was loaded"):
-            encode_texts(changed[0], tmp_path, changed[1], forbidden, changed[2])
-    cached, copy = encode_texts(texts, tmp_path, "te", forbidden), embeddings.clone()
-    for file in tmp_path.rglob("*.safetensors"):
-        os.truncate(file, file.stat().st_size // 2)
-    assert torch.equal(cached, copy)  # what was read is memory of its own, not the file's
-    assert torch.equal(encode_texts(texts, tmp_path, "te", lambda: load_text_encoder(tiny_base, CPU)), copy)
+            encode(changed[0], forbidden, *changed[1:])
+
+
+def test_one_changed_caption_encodes_one_text(tmp_path, tiny_base, monkeypatch):
+    texts, encoded = ["", *(f"face number {number}" for number in range(40))], []
+    original = encoding.encode_text
+    monkeypatch.setattr(encoding, "encode_text", lambda *given: encoded.extend(given[2]) or original(*given))
+    load = lambda: load_text_encoder(tiny_base, CPU)  # noqa: E731
+    before = torch.stack(list(encode_texts(texts, tmp_path, "te", load)))
+    assert encoded == texts
+    encoded.clear()
+    texts[7] = "another caption"
+    after = torch.stack(list(encode_texts([*texts, texts[7]], tmp_path, "te", load)))
+    assert encoded == ["another caption"] and torch.equal(after[-1], after[7])
+    assert [torch.equal(new, old) for new, old in zip(after, before, strict=False)] == [n != 7 for n in range(41)]

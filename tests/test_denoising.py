@@ -30,9 +30,8 @@ def precise(tiny_base, tmp_path_factory, demo_faces):
     config = trainer.TrainingConfig(weighting="loss", resolution=64)
     dataset = MangaFaceDataset(demo_faces, demo_faces / "modified_face_250.json", 64, "loss", num_workers=0)
     shape = (len(dataset.faces), *LATENT_SHAPE)
-    encoded = EncodedDataset(
-        torch.randn(shape).double(), torch.rand(shape).double(), torch.randn(len(dataset.texts), 77, 16).double()
-    )
+    latents = torch.stack((torch.randn(shape), torch.rand(shape)), 1)
+    encoded = EncodedDataset(latents.double(), torch.randn(len(dataset.texts), 77, 16).double(), CPU)
     return unet, scheduler, dataset, encoded, config
 
 
@@ -71,7 +70,8 @@ def test_a_partial_window_is_divided_by_what_is_in_it(precise):
     """Against the formula: sum of weight x per-image loss over 5 images, divided by 5."""
     loss, _, window = gradient_of_step(precise, torch.arange(5), 2, count=5)
     unet, scheduler, dataset, encoded, _ = precise
-    latents = encoded.latent_mean[window.faces] + encoded.latent_std[window.faces] * window.posterior_noise
+    mean, std = encoded.latents[window.faces].unbind(1)
+    latents = mean + std * window.posterior_noise
     alphas = scheduler.alphas_cumprod.double()[window.timesteps].view(-1, 1, 1, 1)
     noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * window.noise
     prediction = unet(noisy, window.timesteps, encoded.text_embeddings[window.texts]).sample
@@ -118,7 +118,7 @@ def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(
         parameters = lora_parameters(unet)
         optimizer = torch.optim.AdamW(parameters)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=precision == torch.float16)
-        encoded = EncodedDataset(mean, mean * 0.1, texts.to(precision))
+        encoded = EncodedDataset(torch.stack((mean, mean * 0.1), 1), texts.to(precision), CPU)
         window = denoising.draw_batch(dataset, range(8), 0, 0, LATENT_SHAPE, 1000, 0.1)
         loss = denoising.accumulate_gradients(unet, scheduler, encoded, window, torch.arange(8), 4, scaler)
         scaler.unscale_(optimizer)
@@ -137,7 +137,13 @@ def half_of_the_step(rank, folder, base, faces):
     inject_lora(unet, 4, 8)
     unet.double().load_state_dict(state["unet"])
     dataset = MangaFaceDataset(faces, faces / "modified_face_250.json", 64, "loss", num_workers=0)
-    precise = (unet, scheduler, dataset, EncodedDataset(*state["encoded"]), trainer.TrainingConfig(weighting="loss"))
+    precise = (
+        unet,
+        scheduler,
+        dataset,
+        EncodedDataset(*state["encoded"], CPU),
+        trainer.TrainingConfig(weighting="loss"),
+    )
     rows = torch.arange(rank, 5, 2)  # 5 images: the processes' shares differ
     loss, _, window = gradient_of_step(precise, rows, 2, count=5)
     gradients = [parameter.grad for parameter in lora_parameters(unet)]
@@ -149,7 +155,7 @@ def half_of_the_step(rank, folder, base, faces):
 def test_two_processes_give_the_same_step_as_one(precise, tmp_path, tiny_base, demo_faces):
     whole_loss, whole, window = gradient_of_step(precise, torch.arange(5), 5, count=5)
     unet, _, _, encoded, _ = precise
-    tensors = (encoded.latent_mean, encoded.latent_std, encoded.text_embeddings)
+    tensors = (encoded.latents, encoded.text_embeddings)
     torch.save({"unet": unet.state_dict(), "encoded": tensors}, tmp_path / "precise.pt")
     torch.multiprocessing.spawn(half_of_the_step, (str(tmp_path), tiny_base, demo_faces), nprocs=2)
     results = [torch.load(tmp_path / f"result{rank}.pt") for rank in (0, 1)]

@@ -29,7 +29,8 @@ def hundred_losses(base, faces, seed, dtype=None):
     generator, shape = torch.Generator().manual_seed(1), (4, 8, 8)
     mean = torch.randn(len(dataset.faces), *shape, generator=generator)
     texts = torch.randn(len(dataset.texts), 77, 16, generator=generator)
-    encoded, share = EncodedDataset(mean, mean * 0.1, texts.to(dtype or torch.float32)), torch.arange(2)
+    latents = torch.stack((mean, mean * 0.1), 1)
+    encoded, share = EncodedDataset(latents, texts.to(dtype or torch.float32), CPU), torch.arange(2)
     config = trainer.TrainingConfig(lora_rank=4, lora_alpha=8, seed=seed, penalty_factor=0.0, max_grad_norm=1.0)
     if dtype is None:
         unet, scheduler = load_unet(base, CPU, torch.float32)
@@ -143,7 +144,7 @@ def one_batch(shared_faces):
     mean = torch.randn(len(dataset.faces), *LATENT_SHAPE, generator=generator)
     texts = torch.randn(len(dataset.texts), 77, 16, generator=generator)
     batch = denoising.draw_batch(dataset, range(8), 0, 0, LATENT_SHAPE, 1000, 0.1)
-    return EncodedDataset(mean, mean * 0.1, texts), batch, torch.arange(8)
+    return EncodedDataset(torch.stack((mean, mean * 0.1), 1), texts, CPU), batch, torch.arange(8)
 
 
 CONFIG = trainer.TrainingConfig(lora_rank=4, lora_alpha=8, penalty_factor=1e-3, max_grad_norm=1.0, seed=0)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dataset import MangaFaceDataset
-from training.encoding import EncodedDataset
+from training.encoding import EncodedDataset, send
 
 VALIDATION_STRATA = 8  # timesteps per held-out face
 
@@ -47,11 +47,8 @@ class Batch:
         return [Batch(*(take(values, chosen) for values in columns)) for chosen in by_shape.values()]
 
     def to(self, device: torch.device) -> "Batch":
-        """All of one shape. On a GPU without waiting for it: the copies queue up behind the step still under way."""
-        tensors = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        if device.type == "cuda":
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        """All of one shape."""
+        return Batch(*(send(getattr(self, field.name), device) for field in dataclasses.fields(self)))
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -125,16 +122,16 @@ def accumulate_gradients(
         micro_batch: images per pass through the UNet.
         scaler: a GradScaler; the gradient is times its scale.
     """
-    device, count = encoded.latent_mean[0].device, len(batch)
+    device, count = encoded.device, len(batch)
     total = torch.zeros((), device=device)
     for alike in batch.of_one_shape(share):
-        faces, mine = alike.faces.tolist(), alike.to(device)  # from the device the faces' numbers would be waited for
+        mean, std = encoded.posteriors(alike.faces.tolist())
+        text_embeddings, mine = encoded.embeddings(alike.texts.tolist()), alike.to(device)
+        latents = mean + std * mine.posterior_noise
         for start in range(0, len(mine), micro_batch):
             part = slice(start, start + micro_batch)
-            mean, std = encoded.posteriors(faces[part])
-            latents = mean + std * mine.posterior_noise[part]
-            text_embeddings = encoded.text_embeddings[mine.texts[part]]
-            losses = denoising_losses(unet, scheduler, latents, text_embeddings, mine.timesteps[part], mine.noise[part])
+            inputs = (latents[part], text_embeddings[part], mine.timesteps[part], mine.noise[part])
+            losses = denoising_losses(unet, scheduler, *inputs)
             loss = (losses * mine.loss_weights[part]).sum() / count
             scaler.scale(loss).backward()
             total = total + loss.detach()
@@ -198,7 +195,7 @@ def validate(
         process: (rank, number of processes): each takes its share of the faces.
         is_stopping: asked before each face; once it says yes, None is returned.
     """
-    device, count = encoded.latent_mean[0].device, len(dataset.validation)
+    device, count = encoded.device, len(dataset.validation)
     of_faces = torch.zeros(count, dtype=torch.float64)
     for position in range(process[0], count, process[1]):
         if is_stopping():
@@ -206,9 +203,10 @@ def validate(
         face, generator = dataset.validation[position], seeded(seed, 4, position)
         strata = torch.arange(VALIDATION_STRATA) + torch.rand(VALIDATION_STRATA, generator=generator)
         timesteps = (strata / VALIDATION_STRATA * scheduler.config.num_train_timesteps).long().to(device)
-        noise = torch.randn(VALIDATION_STRATA, *encoded.latent_mean[face].shape, generator=generator).to(device)
-        latents = encoded.latent_mean[face].expand_as(noise)
-        text_embeddings = encoded.text_embeddings[dataset.first_text[face]].expand(VALIDATION_STRATA, -1, -1)
+        mean, _ = encoded.posteriors([face])
+        noise = torch.randn(VALIDATION_STRATA, *mean.shape[1:], generator=generator).to(device)
+        latents = mean.expand_as(noise)
+        text_embeddings = encoded.embeddings([dataset.first_text[face]]).expand(VALIDATION_STRATA, -1, -1)
         losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
         of_faces[position] = losses.cpu().double().mean()  # on the CPU: not every device has float64
     of_faces = of_faces.float().to(device)

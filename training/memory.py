@@ -157,7 +157,7 @@ def plan_memory(run, model, data, config, kept: dict | None = None) -> None:
     How many images pass at once decides rounding, so a resumed run keeps its plan whatever is free.
     """
     images = config.train_batch_size * config.gradient_accumulation_steps
-    text_shape = data.encoded.text_embeddings.shape[1:]
+    text_shape = data.prompts.shape[1:]
     largest = max(data.latent_shapes, key=math.prod)
     plans = memory_plans(model.unet, largest, text_shape, images, config.gradient_checkpointing)
     plans, free = run.from_main(plans), run.least(free_bytes(run.device, run.world))
