@@ -241,7 +241,7 @@ def test_a_dry_run_leaves_a_run_that_lies_there_untouched(make, tmp_path, monkey
     out = Path(config.output_dir)
     (out / "checkpoints" / "step-000001").mkdir(parents=True)
     (out / "config.json").write_text("{}")
-    (out / ".running-1-1@elsewhere").touch()  # at work: a dry run needs no lock
+    (out / ".lock").touch()  # at work: a dry run needs no lock
     before = snapshot(tmp_path)
     assert trainer.main(dataclasses.replace(config, dry_run=True, overwrite=True)) == {}
     after = snapshot(tmp_path)

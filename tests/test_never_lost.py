@@ -28,7 +28,6 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -682,24 +681,16 @@ def test_what_killed_processes_left_is_cleaned_up_and_never_taken_for_a_checkpoi
     two_checkpoints, config, undisturbed, tmp_path
 ):
     shutil.copytree(two_checkpoints[1], config.output_dir)
-    output, cache = Path(config.output_dir), tmp_path / "cache" / "latents" / "ab"
-    shutil.copytree(config.cache_dir, tmp_path / "cache")
-    config = dataclasses.replace(config, cache_dir=str(tmp_path / "cache"))
+    output = Path(config.output_dir)
     dead = in_a_child_that_ended()
     shutil.copytree(output / "checkpoints/step-000004", output / f"checkpoints/.step-000007.{dead}.tmp")
     for name in (".summary.json", "samples/.epoch-001.png", "candidates/epoch-001/.pytorch_lora_weights.bin"):
         (output / f"{name}.{dead}.tmp").write_bytes(b"half")
-    (output / f".running-{dead}-1700000000@{os.uname().nodename}").touch()
-    cache.mkdir(exist_ok=True)
-    stays = [output / ".notes.tmp", cache / f".1.safetensors.{os.getppid()}.tmp", cache / f".2.safetensors.{dead}.tmp"]
-    goes = cache / f".3.safetensors.{dead}.tmp"
-    for path in (*stays, goes):
-        path.write_bytes(b"half")
-    for path in (stays[1], goes):
-        os.utime(path, (0, 0))
+    (output / ".lock").touch()
+    mine = output / ".notes.tmp"
+    mine.write_bytes(b"half")
     assert trainer.main(config)["resumed_from_step"] == 6
-    assert all(path.exists() for path in stays) and not goes.exists()  # a living process's, and a young one
-    stays[0].unlink()
+    mine.unlink()  # and not before
     check_same(output, undisturbed[0])
 
 
@@ -879,7 +870,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_code_3_and_the_command_goes_on(c
 
 
 @pytest.mark.promise("Two runs never share a folder")
-def test_a_second_run_in_the_folder_refuses_and_names_the_first_until_that_is_dead(config, undisturbed, tmp_path):
+def test_a_second_run_in_the_folder_refuses_until_the_first_is_dead(config, undisturbed, tmp_path):
     def run():
         with pytest.MonkeyPatch.context() as patch:
             at_call(patch, trainer, "train_step", 6, lambda: (tmp_path / "here").touch() or time.sleep(60))
@@ -896,7 +887,7 @@ def test_a_second_run_in_the_folder_refuses_and_names_the_first_until_that_is_de
             time.sleep(0.02)
         before = everything_in(config.output_dir)
         for overwrite in (False, True):
-            with pytest.raises(checkpoint.CheckpointError, match=f"in use by process {pid} on "):
+            with pytest.raises(checkpoint.CheckpointError, match="is in use by another run: wait for it"):
                 trainer.main(dataclasses.replace(config, overwrite=overwrite))
         assert everything_in(config.output_dir) == before
     finally:
@@ -906,34 +897,8 @@ def test_a_second_run_in_the_folder_refuses_and_names_the_first_until_that_is_de
     check_same(config.output_dir, undisturbed[0])
 
 
-def mark(folder: Path, pid: int, started: float, host: str) -> Path:
-    path = folder / f".running-{pid}-{started:.0f}@{host}"
-    path.touch()
-    return path
-
-
 @pytest.mark.promise("Two runs never share a folder")
-@pytest.mark.parametrize("whose", ["a dead process's", "a number taken again", "a living one's", "another machine's"])
-def test_a_stale_mark_is_recognised_and_a_living_one_respected(tmp_path, whose):
-    here, parent = os.uname().nodename, psutil.Process(os.getppid())
-    old = {
-        "a dead process's": lambda: mark(tmp_path, in_a_child_that_ended(), time.time(), here),
-        "a number taken again": lambda: mark(tmp_path, parent.pid, parent.create_time() - 60, here),
-        "a living one's": lambda: mark(tmp_path, parent.pid, parent.create_time(), here),
-        "another machine's": lambda: mark(tmp_path, 1, time.time(), "elsewhere"),
-    }[whose]()
-    with folder_module.FolderLock() as lock:
-        if whose in ("a dead process's", "a number taken again"):
-            lock.take(tmp_path)
-            assert len(list(tmp_path.iterdir())) == 1
-        else:
-            with pytest.raises(checkpoint.CheckpointError, match=rf"process \d+ on {old.name.split('@')[1]}"):
-                lock.take(tmp_path)
-    assert list(tmp_path.iterdir()) == ([] if whose in ("a dead process's", "a number taken again") else [old])
-
-
-@pytest.mark.promise("Two runs never share a folder")
-def test_of_runs_that_start_at_the_same_instant_never_two_go_on(tmp_path):
+def test_of_runs_that_start_at_the_same_instant_exactly_one_goes_on(tmp_path):
     for attempt in range(20):
         folder, pids = tmp_path / str(attempt) / "out", []
         start = time.time() + 0.05
@@ -944,19 +909,29 @@ def test_of_runs_that_start_at_the_same_instant_never_two_go_on(tmp_path):
                 try:
                     while time.time() < start:
                         pass
-                    folder_module.FolderLock().__enter__().take(folder)
+                    lock = folder_module.locked(folder)
+                    lock.__enter__()
                     code = 0
                 finally:
-                    mark(tmp_path, os.getpid(), 0, str(attempt))
+                    (tmp_path / f"{os.getpid()}@{attempt}").touch()
                     while len(list(tmp_path.glob(f"*@{attempt}"))) < 3:  # all have tried while all are alive
                         time.sleep(0.01)
                     os._exit(code)
             pids.append(pid)
-        assert [wait_for(pid, 10) for pid in pids].count(0) <= 1
+        assert [wait_for(pid, 10) for pid in pids].count(0) == 1
+
+
+def test_a_folder_made_for_a_run_that_wrote_nothing_goes_with_its_lock(tmp_path):
+    with folder_module.locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / ".lock").exists()
+    assert not list(tmp_path.iterdir())
+    with folder_module.locked(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "kept").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "kept"]
 
 
 def test_a_finished_run_and_a_dry_run_need_no_lock(plain, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_module.FolderLock, "take", lambda *_: pytest.fail("the folder was locked"))
+    monkeypatch.setattr(folder_module, "locked", lambda *_: pytest.fail("the folder was locked"))
     trainer.main(plain)
     trainer.main(dataclasses.replace(plain, output_dir=str(tmp_path / "out"), dry_run=True))
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "dataset.html"]

@@ -2,18 +2,16 @@
 
 config.json                     resolved constants, data fingerprint, processes, precision
 metrics.csv                     one row per optimizer step
-.running-1234-1767225600@host   while a process works here: its number, when it started, its machine
+.lock                           while a process works here
 """
 
 import contextlib
 import json
-import platform
 import re
 import shutil
-import time
 from pathlib import Path
 
-import psutil
+from filelock import FileLock, Timeout
 
 from training.checkpoint import LORA_FILES, CheckpointError
 from training.files import TEMPORARY, Stop, write_atomic
@@ -25,7 +23,7 @@ PRODUCTS += ("samples", "checkpoints", "last", "candidates", "tensorboard", "sha
 # After the end of a run these, if changed, go on from it, or export it anew
 GO_ON = {"num_train_epochs", "early_stopping_patience", "lora_name", "private_captions"}
 ABOUT = ("data", "processes", "precision")  # in config.json besides the constants
-LOCK = re.compile(r"\.running-(\d+)-(\d+)@(.*)")  # process number, when it started, its machine
+LOCK = ".lock"
 
 
 def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite: bool, former: dict) -> str:
@@ -138,66 +136,29 @@ def check_space(output: Path, parameters: int, config) -> None:
         raise Stop(3, f"output_dir={str(output)!r} {why}: {remedy}")
 
 
-class FolderLock:
-    """One run at a time in a folder: `with FolderLock() as lock: lock.take(folder)`.
+@contextlib.contextmanager
+def locked(folder: Path):
+    """One run at a time in a folder, which is made if it isn't there, and deleted at the end if nothing is in it.
 
-    Every run marks the folder with an empty file of its own, named after its process, and goes on if it sees no living
-    other one. So no mark can be half written; of two that start at the same instant, both may give up, but never go on
-    together. The mark of a killed run is recognised: its process is gone, or that number's started at another time.
+    The system frees a killed process's lock. Raises CheckpointError: another run is at work in it.
     """
-
-    def __enter__(self):
-        self.mark, self.made = None, []
-        return self
-
-    def take(self, folder: Path) -> None:
-        """Mark `folder`, which is made if it isn't there, until the end of the `with`.
-
-        Raises CheckpointError: another run is at work in it; names its process.
-        """
-        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        process = psutil.Process()
-        self.mark = folder / f".running-{process.pid}-{process.create_time():.0f}@{platform.node()}"
-        self.mark.touch()
-        for other, pid, started, host in living_runs(folder):
-            if other != self.mark:
-                remedy = "wait for it, or stop it"
-                if host != platform.node():  # whose processes can't be seen from here
-                    remedy += f"; if it is dead, delete {str(other)!r}"
-                used = f"is in use by process {pid} on {host}, which started {time.ctime(started)}"
-                raise CheckpointError(f"output_dir={str(folder)!r} {used}: {remedy}; or choose another output_dir")
-
-    def __exit__(self, *exception):
-        if self.mark:
-            self.mark.unlink(missing_ok=True)
-        for path in self.made:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        remedy = "wait for it, stop it, or choose another output_dir"
+        raise CheckpointError(f"output_dir={str(folder)!r} is in use by another run: {remedy}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes no open file
+            (folder / LOCK).unlink()
+        lock.release()
+        for path in made:
             with contextlib.suppress(OSError):  # something is in it, as should be
                 path.rmdir()
-
-
-def living_runs(folder: Path) -> list[tuple[Path, int, int, str]]:
-    """(mark, process, its start, its machine) of each run at work in `folder`. Deletes the marks of killed ones."""
-    living = []
-    for mark in folder.glob(".running-*"):
-        if found := LOCK.fullmatch(mark.name):
-            pid, started, host = int(found[1]), int(found[2]), found[3]
-            if host != platform.node() or _is_running(pid, started):
-                living.append((mark, pid, started, host))
-            else:
-                with contextlib.suppress(OSError):
-                    mark.unlink()
-    return living
-
-
-def _is_running(pid: int, started: int) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) <= 2 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
 
 
 def remove_leftovers(output: Path) -> None:
@@ -208,4 +169,4 @@ def remove_leftovers(output: Path) -> None:
 
 
 def _is_leftover(name: str) -> bool:
-    return bool(LOCK.fullmatch(name) or (name.startswith(".") and TEMPORARY.fullmatch(name)))
+    return name == LOCK or bool(name.startswith(".") and TEMPORARY.fullmatch(name))

@@ -52,7 +52,6 @@ class Run:
             if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
                 for number in (signal.SIGINT, signal.SIGTERM):
                     undo.callback(signal.signal, number, signal.signal(number, self._handle))
-            self.lock = undo.enter_context(folder.FolderLock())
             self._find_devices()
             self.undo = undo.pop_all()
         return self
@@ -109,14 +108,13 @@ class Run:
         )
         self.is_finished, self.resumes = self.action == "finished", self.action == "resume"
         if self.is_main and not self.is_finished:
-            self.lock.take(self.output)
+            self.undo.enter_context(folder.locked(self.output))
             folder.remove_leftovers(self.output)
 
     def finished_summary(self) -> dict:
         """summary.json of the finished run that was found."""
         remedy = "More num_train_epochs go on from there, --overwrite starts anew."
         self.log(f"{self.output} holds this run, finished. {remedy}")
-        folder.living_runs(self.output)  # which deletes the mark of one that was killed at its very end
         return json.loads((self.output / "summary.json").read_text(encoding="utf-8"))
 
     def begin(self, base: Path, parameters: int, state) -> None:
