@@ -28,11 +28,10 @@ from tqdm import tqdm
 
 from training.captions import kind_of, packs, shuffles, tidy_tags
 from training.files import InputError, sha256_of
-from training.framing import frame_picture, ink_cut
+from training.framing import MUCH_CUT, frame_picture, ink_cut
 from training.layouts import IMAGE_SUFFIXES, find_image, read_layout, shown, some_of, unread_pictures, why_missing
 from training.pictures import centred_box, colour_share, dhashes, load_image, read_picture
 
-MUCH_CUT = 0.06  # of a side: less is cut from any picture of at most 3 : 1 at 512 pixels
 NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two most similar faces 13
 FACE_WORDS = {"alone", "back", "bottom", "cry", "empty", "fire", "front"}  # on scikit-learn's list of stop words, but
 FACE_WORDS |= {"full", "serious", "side", "sincere", "thick", "thin", "top"}  # they describe faces
@@ -444,15 +443,6 @@ class MangaFaceDataset:
             lines.append("\n  ".join([f"Used, but to be looked at: {len(remarks)}", *remarks[:10]]) + more)
         if stray:
             lines.append(f"Without {self.layout.lacking}: {some_of(sorted(stray))}")
-        if self.alike:
-            groups = [
-                " = ".join(
-                    [self.faces[index].name for index in group[:4]] + [f"{len(group) - 4} more"] * (len(group) > 4)
-                )
-                for group in self.alike
-            ]
-            more = f" and {len(groups) - 5} more" if len(groups) > 5 else ""
-            lines.append(f"Nearly the same picture, kept on one side: {', '.join(groups[:5])}{more}")
         lines += self._report_pixels()
         per_face = len(captions) / len(self.faces)
         lines.append(
@@ -463,11 +453,12 @@ class MangaFaceDataset:
             lines += self.report_tokens(tokenizer)
         else:
             lines.append("Texts too long to be read: unknown before the base is downloaded")
-        lines += ["Before you train:", *(f"  {warning}" for warning in warnings)] if warnings else []
+        lines += ["Before you train:", *(f"  {warning}" for warning in warnings[:20])] if warnings else []
+        lines += [f"  ... and {len(warnings) - 20} more: --dry_run shows them all"] if len(warnings) > 20 else []
         return "\n".join(lines + self._report_weights())
 
     def _report_pixels(self) -> list[str]:
-        """Sizes, frames that were trimmed, the shapes that the faces are used in, and who loses much to them."""
+        """Sizes, the shapes that the faces are used in, and who loses much to them."""
         sizes, faces = [face.size for face in self.faces], len(self.faces)
         small = sum(face.pixels < math.prod(face.shape) for face in self.faces)
         uneven = sum(width != height for width, height in sizes)
@@ -475,9 +466,6 @@ class MangaFaceDataset:
             f"Pixels: {min(map(min, sizes))} to {max(map(max, sizes))} a side; {uneven} of {faces} not square, {small} "
             "smaller than used (enlarged)"
         ]
-        trimmed = sum(face.frame != (0, 0, *face.size) for face in self.faces)
-        if self.trim_frames and trimmed:
-            lines.append(f"Panel frames: cut away from {trimmed} of {faces}")
         shapes = Counter(face.shape for face in self.faces).most_common()
         named = ", ".join(f"{width} x {height}: {count}" for (height, width), count in shapes[:6])
         more = f", and {len(shapes) - 6} more" if len(shapes) > 6 else ""

@@ -25,7 +25,7 @@ from training.pictures import load_image
 FEW_FACES, FEW_STEPS, ENOUGH_STEPS = 20, 200, 1000
 USUAL_RATES = (1e-6, 5e-4)  # of a LoRA on Stable Diffusion 1.5
 MUCH_COLOUR = 0.02  # of a picture's area: less is noise
-MUCH_INK = 0.01  # of a cut edge: a stroke or two
+MUCH_INK = 0.1  # of a cut edge: less is a stroke or two
 THUMBNAIL = 256  # pixels a side, at most
 MOST_FACES = 500  # that are shown all; of more only those with warnings, and as many as EXTREMES
 EXTREMES = 50  # of the heaviest, and of the lightest
@@ -55,7 +55,7 @@ def dataset_warnings(dataset: MangaFaceDataset, config, steps: int) -> list[tupl
     about_faces = {
         "In colour among ink drawings": [True] * len(faces) if 2 * sum(is_coloured) > len(faces) else is_coloured,
         "Smaller than half the resolution": [4 * face.pixels < math.prod(face.shape) for face in faces],
-        "Head likely cut (ink at a cut edge)": [face.ink_cut > MUCH_INK for face in faces],
+        "Is a head cut? There is ink at a cut edge": [face.ink_cut > MUCH_INK for face in faces],
         "Panel frame cut away": [face.frame != (0, 0, *face.size) for face in faces],
     }
     if all(about_faces["In colour among ink drawings"]):  # most are coloured: no ink data set

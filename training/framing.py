@@ -13,6 +13,8 @@ from training.pictures import centred_box
 
 LEAST_AREA, MOST_AREA = 0.8, 1.25  # of a bucket, times resolution^2
 LONGEST = 3  # a bucket's sides are at most 3 : 1: of longer pictures more is cut
+MUCH_CUT = 0.06  # of a side: less is cut from any picture of at most 3 : 1 at 512 pixels
+LITTLE_CUT = 0.02  # of a side: no head is in that
 SMALL = 128  # pixels a side, at most, of the picture in which ink is measured
 HEAD_UP = 30  # times as much counts ink that is cut off at the top: heads are up
 SMALLEST = 64  # pixels a side: in a smaller picture any stroke might be a line
@@ -95,18 +97,24 @@ def bucket_shapes(resolution: int, unit: int) -> list[tuple[int, int]]:
     return sorted(others | {(resolution, resolution)})
 
 
-def nearest_shape(width: int, height: int, resolution: int, unit: int) -> tuple[int, int]:
-    """The shape of bucket_shapes() with the nearest aspect; of several that with the area nearest to the square's."""
+def near_shapes(width: int, height: int, resolution: int, unit: int) -> list[tuple[int, int]]:
+    """The shapes of bucket_shapes() for which at most MUCH_CUT of a side is cut; at least one.
+
+    That of the nearest aspect comes first; of those of one aspect that with the area nearest to the square's.
+    """
 
     def distance(shape: tuple[int, int]) -> tuple[float, float]:
         stretch = abs(math.log(shape[1] * height / (shape[0] * width)))
         return round(stretch, 9), abs(math.log(math.prod(shape) / resolution**2))
 
-    return min(bucket_shapes(resolution, unit), key=distance)
+    nearest, *others = sorted(bucket_shapes(resolution, unit), key=distance)
+    return [nearest, *(shape for shape in others if distance(shape)[0] < -math.log(1 - MUCH_CUT))]
 
 
-def place_box(grey: Image.Image, frame: tuple[int, ...], shape: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest box inside `frame` with the aspect of `shape` (H, W), there where the least ink is cut off.
+def place_box(
+    grey: Image.Image, frame: tuple[int, ...], shape: tuple[int, int]
+) -> tuple[float, tuple[float, float, float, float]]:
+    """(ink cut off, the largest box inside `frame` with the aspect of `shape` (H, W), where that is least).
 
     Ink is darkness and strokes (changes of brightness) in the picture made small, so that a screentone is even grey.
     As heads are up, what is cut at the top counts HEAD_UP times. Of equal places the middle one is taken. The
@@ -131,20 +139,23 @@ def place_box(grey: Image.Image, frame: tuple[int, ...], shape: tuple[int, int])
     cut = (HEAD_UP if axis else 1) * before + ink[-1] - until
     best = np.lexsort((np.abs(offsets - excess / 2), cut.round(6)))[0].item()
     left, top = (left + best, top) if axis == 0 else (left, top + best)
-    return left, top, left + kept[0], top + kept[1]
+    return cut[best].round(6).item(), (left, top, left + kept[0], top + kept[1])
 
 
 def ink_cut(grey: Image.Image, frame: tuple[int, ...], box: tuple[float, ...]) -> float:
-    """How much of an edge that was cut to fit is ink, which a cut head would show; 0 if nothing was cut.
+    """How much of an edge that was cut to fit is ink, which a cut head would show; 0 if hardly anything was cut.
 
     The largest share of the top, and of the upper two thirds of left and right: below them shoulders may end anywhere.
+    An edge that is mostly ink is a dark background's.
     """
     left, top, right, bottom = (round(side) for side in box)
     pixels, heads = np.asarray(grey), top + (bottom - top) * 2 // 3
-    edges = [pixels[top, left:right]] if top > frame[1] else []
-    edges += [pixels[top:heads, left]] if left > frame[0] else []
-    edges += [pixels[top:heads, right - 1]] if right < frame[2] else []
-    return max((float((edge < DARK).mean()) for edge in edges if len(edge)), default=0.0)
+    little_x, little_y = LITTLE_CUT * (frame[2] - frame[0]), LITTLE_CUT * (frame[3] - frame[1])
+    edges = [pixels[top, left:right]] if top - frame[1] > little_y else []
+    edges += [pixels[top:heads, left]] if left - frame[0] > little_x else []
+    edges += [pixels[top:heads, right - 1]] if frame[2] - right > little_x else []
+    shares = [float((edge < DARK).mean()) for edge in edges if len(edge)]
+    return max((share for share in shares if share <= 0.5), default=0.0)
 
 
 def frame_picture(
@@ -158,5 +169,7 @@ def frame_picture(
     frame = find_frame(np.asarray(grey)) if trim_frames else (0, 0, *grey.size)
     if framing == "square":
         return frame, centred_box(frame, (resolution, resolution)), (resolution, resolution)
-    shape = nearest_shape(frame[2] - frame[0], frame[3] - frame[1], resolution, unit)
-    return frame, place_box(grey, frame, shape), shape
+    shapes = near_shapes(frame[2] - frame[0], frame[3] - frame[1], resolution, unit)
+    places = [(*place_box(grey, frame, shape), shape) for shape in shapes]
+    _, box, shape = min(places, key=lambda place: place[0])  # the first of equals: nothing is cut from it, or little
+    return frame, box, shape
