@@ -878,7 +878,8 @@ def test_no_link_is_made_and_no_open_file_replaced_or_deleted(locked_down, recor
     _, report = locked_down
     events = [event for event, _ in report["writes"]]
     assert "os.link" not in events and "os.symlink" not in events
-    assert events.count("os.rename") > 20 and report["opened_at_rename"] == []
+    opened = set(report["opened_at_rename"]) - {"out/.lock"}  # held, and never renamed
+    assert events.count("os.rename") > 20 and not opened
     record_property("cases", events.count("os.rename"))
 
 
