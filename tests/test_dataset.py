@@ -789,7 +789,7 @@ def test_two_processes_share_the_faces_and_get_the_same_latents_as_one(tmp_path,
         ]
         for result in [some.result() for some in work]:
             assert torch.equal(torch.stack(list(result)), alone[0])
-    assert [loader.encoded for loader in loaders] == [3, 3]
+    assert sum(loader.encoded for loader in loaders) == 6 and all(loader.encoded for loader in loaders)
 
 
 def test_a_face_that_encodes_to_nan_is_named(tmp_path, few, tiny_base):

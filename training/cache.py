@@ -65,11 +65,12 @@ class Cache:
         rank, world, barrier = self.process
         missing = self._missing(keys)
         barrier()  # everybody has looked before anybody writes
-        if mine := missing[rank::world]:
+        if mine := [index for index in missing if int(keys[index][-8:], 16) % world == rank]:  # whatever others see
             for number, tensor in enumerate(tqdm(make(mine), f"Encoding {what}", len(mine), disable=rank > 0)):
                 if not number:
                     shares = [size[index] for index in missing] if size else [1.0] * len(missing)
-                    self._check_space(tensor.nbytes * sum(shares) / shares[rank] + BLOCK * len(missing), missing, what)
+                    needed = tensor.nbytes * sum(shares) / shares[missing.index(mine[0])] + BLOCK * len(missing)
+                    self._check_space(needed, missing, what)
                 self._append(keys[mine[number]], tensor)
         barrier()
         if missing and (lost := self._missing([keys[index] for index in missing])):
@@ -96,15 +97,18 @@ class Cache:
     def _look_through(self, path: Path) -> None:
         """Note what a file holds, from where it was left last time. Behind a damaged header the next one is found."""
         file, position = self._file(path), self.ends.get(path, 0)
-        size = file.seek(0, 2)
+        size, whole = file.seek(0, 2), position
         while position < size:
             file.seek(position)
             header = _parsed(file.read(HEADER))
             length = HEADER + _bytes_of(header) if header else 1
             if header and position + length <= size:
-                self.places.setdefault(header["key"], []).append((path, position + HEADER, header))
+                self.places.setdefault(header["key"], []).insert(
+                    0, (path, position + HEADER, header)
+                )  # behind the verified
+                whole = position + math.ceil(length / BLOCK) * BLOCK
             position += math.ceil(length / BLOCK) * BLOCK
-        self.ends[path] = position
+        self.ends[path] = whole  # what comes after it may be half written as yet
 
     def _append(self, key: str, tensor: torch.Tensor) -> None:
         content = tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -22,7 +22,7 @@ from training import files
 from training.labels import run_start
 
 LORA_FILES = ("pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors")
-FORMAT = 2  # of a checkpoint; those of another can't be continued
+FORMAT = 3  # of a checkpoint; those of another can't be continued
 OTHER_VERSION = "the checkpoints were written by another version of this program: go on with that one"
 OTHER_VERSION += ", or start anew with --overwrite"
 DAMAGED = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # but not a disk that fails for a moment
