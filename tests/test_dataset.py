@@ -792,6 +792,115 @@ def test_two_processes_share_the_faces_and_get_the_same_latents_as_one(tmp_path,
     assert sum(loader.encoded for loader in loaders) == 6 and all(loader.encoded for loader in loaders)
 
 
+def test_processes_leave_nothing_out_if_another_run_fills_the_cache_between_their_looks(tmp_path):
+    """The first process looks before the other run appends, the second after it: their lists differ."""
+    keys, other = [hashlib.sha256(bytes([number])).hexdigest() for number in range(12)], Cache(tmp_path)
+    meet, looked, appended = threading.Barrier(2, timeout=30), threading.Event(), threading.Event()
+
+    def make(missing: list[int]):
+        return (torch.full((2, 2), float(number)) for number in missing)
+
+    class Early(Cache):
+        def _missing(self, some):
+            found = super()._missing(some)
+            looked.set()
+            appended.wait(30)
+            return found
+
+    class Late(Cache):
+        def _missing(self, some):
+            appended.wait(30)
+            return super()._missing(some)
+
+    with ThreadPoolExecutor(2) as pool:
+        early, late = Early(tmp_path, (0, 2, meet.wait)), Late(tmp_path, (1, 2, meet.wait))
+        work = [pool.submit(cache.fill, keys, make, "things") for cache in (early, late)]
+        looked.wait(30)
+        for number in (0, 1, 2):  # an odd number of them: slices of the lists would no longer fit together
+            other._append(keys[number], torch.full((2, 2), float(number)))
+        appended.set()
+        for result in work:
+            result.result()
+    for cache in (early, late):
+        assert [cache[key][0, 0].item() for key in keys] == list(range(12))
+
+
+def test_a_record_seen_half_written_is_read_once_it_is_whole(tmp_path):
+    writer, reader = Cache(tmp_path), Cache(tmp_path)
+    writer._append("before", torch.ones(4, 64, 64))
+    writer._append("key", torch.ones(4, 64, 64))
+    whole = writer.own.read_bytes()
+    for part in (4096 + HEADER + 7, 4096, HEADER, 100):
+        writer.own.write_bytes(whole[: len(whole) // 2 + part])
+        assert reader._missing(["before", "key"]) == [1]
+    writer.own.write_bytes(whole)
+    assert reader._missing(["before", "key"]) == []
+
+
+def test_what_was_verified_is_never_replaced_by_what_was_not(tmp_path):
+    Cache(tmp_path)._append("a", torch.ones(2, 2))
+    reader = Cache(tmp_path)
+
+    def make(missing: list[int]):
+        other = Cache(tmp_path)
+        other._append("a", torch.ones(2, 2))
+        other.own.write_bytes(other.own.read_bytes()[:HEADER] + bytes(4096 - HEADER))  # another's, damaged
+        return [torch.ones(2, 2)]
+
+    reader.fill(["a", "b"], make, "things")
+    assert torch.equal(reader["a"], torch.ones(2, 2))
+
+
+GOOD = {"key": "abc", "dtype": "float32", "shape": [2, 2], "sha256": hashlib.sha256(bytes(16)).hexdigest()}
+HEADERS = {
+    "a list": [1],
+    "no JSON": b"{",
+    "no UTF-8": b"\xff\xfe",
+    "deep nesting": b"[" * 440,
+    **{f"no {name}": {other: GOOD[other] for other in GOOD if other != name} for name in GOOD},
+    "a list as key": GOOD | {"key": [1]},
+    "a number as hash": GOOD | {"sha256": 1},
+    "a function as dtype": GOOD | {"dtype": "load"},
+    **{
+        f"shape {shape}": GOOD | {"shape": shape}
+        for shape in ("ab", [2.0, 2], [True, 4], [-2, -2], [10**330], [], ["a"])
+    },
+    "endless": b'{"key": "abc", "dtype": "float32", "shape": [1e999], "sha256": ""}',
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_header_that_only_looks_right_is_passed_over(tmp_path, header):
+    content = HEADERS[header] if isinstance(HEADERS[header], bytes) else json.dumps(HEADERS[header]).encode()
+    text = content.ljust(HEADER - 64)
+    record = hashlib.sha256(text).hexdigest().encode() + text + bytes(16)
+    (tmp_path / "a.records").write_bytes(record.ljust(4096, b"\0"))
+    cache = Cache(tmp_path)
+    cache.fill(["abc"], lambda missing: [torch.ones(2, 2)], "things")
+    assert torch.equal(cache["abc"], torch.ones(2, 2)) and len(records(tmp_path)) == 2
+
+
+def test_a_record_that_is_not_finite_is_made_again(tmp_path):
+    Cache(tmp_path)._append("abc", torch.full((2, 2), math.nan))
+    cache = Cache(tmp_path)
+    cache.fill(["abc"], lambda missing: [torch.ones(2, 2)], "things")
+    assert torch.equal(cache["abc"], torch.ones(2, 2))
+
+
+def test_a_text_is_always_encoded_in_a_batch_of_the_same_size(tmp_path, tiny_base):
+    """With another number of texts the kernels may round otherwise."""
+    sizes = []
+
+    def load():
+        tokenizer, text_encoder = load_text_encoder(tiny_base, CPU)
+        text_encoder.register_forward_pre_hook(lambda _, given: sizes.append(tuple(given[0].shape)))
+        return tokenizer, text_encoder
+
+    for count in (3, 40, 70):
+        encode_texts([str(number) for number in range(count)], tmp_path, "te", load)
+    assert sizes == [(encoding.TEXT_BATCH, 77)] * 4  # 3 new ones, 37, 30
+
+
 def test_a_face_that_encodes_to_nan_is_named(tmp_path, few, tiny_base):
     def broken():
         vae = load_vae(tiny_base, CPU)

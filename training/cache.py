@@ -19,6 +19,7 @@ from tqdm import tqdm
 from training.files import InputError, Stop
 
 BLOCK, HEADER = 4096, 512  # bytes
+DTYPES = ("float32", "float16", "bfloat16")
 MAX_OPEN = 64  # files; macOS lets a process have 256
 
 
@@ -47,12 +48,13 @@ class Cache:
         except OSError as error:
             remedy = "leave cache_dir alone while a run is at work, then run the same command again"
             raise InputError(f"{path} was whole a moment ago ({error}): {remedy}") from None
-        return torch.frombuffer(content, dtype=getattr(torch, header["dtype"])).view(header["shape"])
+        return _tensor(content, header)
 
     def fill(self, keys: list[str], make: Callable[[list[int]], Iterable[torch.Tensor]], what: str, size=None) -> None:
         """Find these keys' records, and make those that are missing or damaged.
 
         Args:
+            keys: hashes, in hexadecimal, each once.
             make: called once, if anything is missing, with this process's share of the missing positions in `keys`;
                 yields their tensors in this order, each kept at once.
             what: for the bar and messages, such as "faces".
@@ -89,7 +91,8 @@ class Cache:
         while places:
             path, start, header = places[-1]
             content = self._read(path, start, header)
-            if len(content) == _bytes_of(header) and hashlib.sha256(content).hexdigest() == header["sha256"]:
+            is_whole = len(content) == _bytes_of(header) and hashlib.sha256(content).hexdigest() == header["sha256"]
+            if is_whole and _tensor(content, header).isfinite().all():
                 return True
             places.pop()
         return False
@@ -103,9 +106,8 @@ class Cache:
             header = _parsed(file.read(HEADER))
             length = HEADER + _bytes_of(header) if header else 1
             if header and position + length <= size:
-                self.places.setdefault(header["key"], []).insert(
-                    0, (path, position + HEADER, header)
-                )  # behind the verified
+                places = self.places.setdefault(header["key"], [])
+                places.insert(0, (path, position + HEADER, header))  # the last one counts: what was verified stays it
                 whole = position + math.ceil(length / BLOCK) * BLOCK
             position += math.ceil(length / BLOCK) * BLOCK
         self.ends[path] = whole  # what comes after it may be half written as yet
@@ -151,11 +153,20 @@ def _bytes_of(header: dict) -> int:
     return math.prod(header["shape"]) * getattr(torch, header["dtype"]).itemsize
 
 
+def _tensor(content: bytearray, header: dict) -> torch.Tensor:
+    return torch.frombuffer(content, dtype=getattr(torch, header["dtype"])).view(header["shape"])
+
+
 def _parsed(header: bytes) -> dict | None:
-    """None if it is none, or damaged, or foreign: only what was written passes its hash."""
+    """None if it is none, or damaged, or somebody else's: anybody can compute a hash."""
     own, text = header[:64], header[64:]
     if hashlib.sha256(text).hexdigest().encode() != own:
         return None
-    found = json.loads(text)
-    is_known = found["dtype"] in ("float32", "float16", "bfloat16") and all(side > 0 for side in found["shape"])
-    return found if is_known else None
+    try:
+        found = json.loads(text)
+        key, dtype, shape, sha256 = (found[name] for name in ("key", "dtype", "shape", "sha256"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    are_texts = type(key) is type(dtype) is type(sha256) is str and dtype in DTYPES
+    are_sides = type(shape) is list and 0 < len(shape) < 5 and all(type(n) is int and 0 < n < 2**20 for n in shape)
+    return found if are_texts and are_sides else None

@@ -203,9 +203,14 @@ def encode_image(vae, pixels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_text(tokenizer, text_encoder, texts: list[str]) -> torch.Tensor:
-    """The text encoder's last hidden state after its final layer norm, padded to full length. Shape: (B, T, D)."""
-    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return text_encoder(ids.to(text_encoder.device))[0].float().cpu()
+    """The text encoder's last hidden state after its final layer norm, padded to full length. Shape: (B, T, D).
+
+    Always TEXT_BATCH at once, at least: with another number the kernels may round otherwise, and a text's embedding
+    would depend on which others were encoded with it.
+    """
+    padded = [*texts, *[""] * (TEXT_BATCH - len(texts))]
+    ids = tokenizer(padded, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return text_encoder(ids.to(text_encoder.device))[0][: len(texts)].float().cpu()
 
 
 def _key(*content) -> str:
