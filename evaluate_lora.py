@@ -12,6 +12,16 @@ import json
 import sys
 from pathlib import Path
 
+from training.files import InputError, Stop
+from training.labels import run_start
+
+if __name__ == "__main__":
+    try:
+        run_start()  # numpy can't be imported if SOURCE_DATE_EPOCH is no number
+    except Stop as stop:
+        print(f"evaluate_lora.py: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+
 import torch
 
 from dataset import MangaFaceDataset
@@ -19,7 +29,6 @@ from evaluation.score import Evaluation
 from train_manga_lora import FORMER, TrainingConfig, check_config
 from training.base_model import find_base, find_tokenizer, find_unit
 from training.checkpoint import LORA_FILES
-from training.files import InputError, Stop
 
 
 def read_run(folder: Path) -> tuple[TrainingConfig, str, Path]:

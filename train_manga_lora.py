@@ -57,7 +57,7 @@ class TrainingConfig:
     weight_max: float = 2.0  # upper clip; 1 for both = every weight 1
     shuffle_tags: bool = True  # captions that are tags between commas: shuffles of them are drawn, too
     keep_tags: int = 1  # this many tags stay in front of a shuffle; 0 = none
-    private_captions: bool = False  # keep your tags out of the LoRA's header, where UIs list them; sentences never are
+    private_captions: bool = False  # keep your tags out of the LoRA's header, where UIs list them
     trigger_word: str = ""  # put before every caption; "" = off
     caption_dropout: float = 0.1  # share of draws with the caption "", which guidance needs; 0 = off
     penalty_factor: float = 1e-5  # times the sum of squared LoRA weights, added to the loss; 0 = off

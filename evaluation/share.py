@@ -83,6 +83,7 @@ def model_card(config, labels: dict, images: dict[str, str], summary: dict) -> s
 
 def write_share(run, config, drawn: list, summary: dict) -> None:
     """Write OUTPUT/share anew, whole or not at all. drawn: see examples()."""
+    former = run.output / "share.old"
     final, name, about = run.output / "share", config.lora_name, run.labels["modelspec.description"]
     about = {"description": about, "activation text": config.trigger_word, "preferred weight": 1.0}
     images = {f"images/{number}.png": text for number, (text, _) in enumerate(drawn, start=1)}
@@ -91,11 +92,14 @@ def write_share(run, config, drawn: list, summary: dict) -> None:
     files |= {f"{name}.json": json.dumps(about, ensure_ascii=False, indent=1).encode()}
     if base_name(config) == DEMO:
         files["LICENSES.md"] = (Path(__file__).parent.parent / "demo" / "LICENSES.md").read_bytes()
-    discard(final)
     with temporary_beside(final) as folder:
         (folder / "images").mkdir(parents=True)
         for file, content in files.items():
             write_atomic(folder / file, content)
         for file, (_, picture) in zip([*images, f"{name}.png"], [*drawn, *drawn[:1]], strict=False):
             write_picture(folder / file, Image.fromarray(picture))
+        discard(former)
+        if final.exists():
+            rename_with_retries(final, former)
         rename_with_retries(folder, final)
+    discard(former)

@@ -191,6 +191,19 @@ def test_tags_are_counted_for_a1111_and_nothing_longer_is_written(tiny_config, f
     assert of_base(tiny_config, {}, private_captions=True, trigger_word="sks")["ss_tag_frequency"] is None
 
 
+def test_what_a_sentence_among_tags_says_of_one_face_is_not_written(tiny_config, faces):
+    sentences = [
+        "Photo of my sister Anna, who lives in Berlin, at 12 Foo Street",  # no full stop, long parts
+        "Anna and her big dog, playing in the old garden",  # too few parts
+        "my best friend Maria Huber, smile, long hair",  # reads as tags, but for one part
+    ]
+    tagged(faces, [*TAGGED[:17], *sentences])
+    share = dataclasses.replace(tiny_config, validation_share=0)
+    frequency = json.loads(of_base(share, {})["ss_tag_frequency"])["faces"]
+    assert "smile" in frequency and "hat 1" in frequency
+    assert not any(word in tag for tag in frequency for word in ("Anna", "Berlin", "Foo", "Maria", "garden"))
+
+
 def test_no_sentence_and_no_path_is_in_any_file_to_be_given_away(finished):
     config, header = finished
     text = " ".join(header.values())
@@ -249,6 +262,15 @@ def test_a_source_date_that_is_none_is_refused_before_training(tiny_config, monk
         command = [sys.executable, "train_manga_lora.py", "--demo", "--output_dir", str(tmp_path / "out")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("train_manga_lora.py: SOURCE_DATE_EPOCH=")
+        done = subprocess.run(
+            [sys.executable, "evaluate_lora.py", "--lora", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stderr.startswith("evaluate_lora.py: SOURCE_DATE_EPOCH=")
+
+
+def test_the_start_that_a_checkpoint_keeps_counts_even_if_it_is_1970(monkeypatch):
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    assert labels.run_start(0) == 0 and labels.run_start() > 1.7e9
 
 
 def test_the_order_of_the_header_is_the_same_in_every_process():
@@ -278,3 +300,9 @@ def test_a_name_that_a_program_cannot_take_is_refused_in_one_line(tiny_config, n
 )
 def test_other_names_are_taken(tiny_config, name):
     trainer.check_config(dataclasses.replace(tiny_config, lora_name=name))
+
+
+def test_a_name_too_long_for_a_file_system_is_refused_before_training(tiny_config):
+    with pytest.raises(trainer.Stop, match="lora_name=.* must be at most 200 bytes"):
+        run(tiny_config, lora_name="\N{CJK UNIFIED IDEOGRAPH-20000}" * 51)
+    trainer.check_config(dataclasses.replace(tiny_config, lora_name="\N{CJK UNIFIED IDEOGRAPH-20000}" * 50))

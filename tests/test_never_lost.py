@@ -921,6 +921,16 @@ def test_of_runs_that_start_at_the_same_instant_exactly_one_goes_on(tmp_path):
         assert [wait_for(pid, 10) for pid in pids].count(0) == 1
 
 
+def test_a_disk_without_locks_is_named_and_nothing_is_left_on_it(tmp_path, monkeypatch):
+    def unsupported(*_, **__):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(folder_module.FileLock, "acquire", unsupported)
+    with pytest.raises(checkpoint.CheckpointError, match=r"can't be locked .*: choose one on a local disk"):
+        folder_module.locked(tmp_path / "a" / "b").__enter__()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_made_for_a_run_that_wrote_nothing_goes_with_its_lock(tmp_path):
     with folder_module.locked(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / ".lock").exists()

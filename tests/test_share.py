@@ -175,6 +175,20 @@ def test_without_pictures_the_folder_is_complete_but_for_them(tiny_config):
     assert ModelCard.load(folder / "README.md").data.to_dict()["instance_prompt"] == "manga face"
 
 
+def test_a_share_folder_that_cannot_be_written_leaves_the_former_one(tiny_config, monkeypatch):
+    run(tiny_config, num_train_epochs=1)
+    folder = pathlib.Path(tiny_config.output_dir, "share")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(share, "write_atomic", full)
+    with pytest.raises(OSError, match="No space"):
+        run(tiny_config, num_train_epochs=1, lora_name="other")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_the_folder_is_deleted_with_overwrite_and_replaced_as_a_whole(tiny_config):
     run(tiny_config, num_train_epochs=1)
     folder = pathlib.Path(tiny_config.output_dir, "share")

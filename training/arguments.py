@@ -96,6 +96,7 @@ def check_config(config) -> None:
     rule = "up to 64 letters, digits, _ and -, but no name that A1111 (none, addams), Windows (con) or diffusers "
     rule += "(...pytorch_lora_weights) keeps for itself"
     check(rule, re.compile(LORA_NAME, re.IGNORECASE).fullmatch, "lora_name")
+    check("at most 200 bytes, as files' names are limited", lambda v: len(v.encode()) <= 200, "lora_name")
     check("printable, and without blanks at its ends", lambda v: v.isprintable() and v == v.strip(), "trigger_word")
     check('"buckets" or "square"', ("buckets", "square").__contains__, "framing")
     check('"fp16", "bf16" or "no"', ("fp16", "bf16", "no").__contains__, "mixed_precision")

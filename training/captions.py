@@ -21,7 +21,7 @@ def split_tags(caption: str) -> list[str]:
     return [part.strip() for part in caption.split(",") if part.strip()]
 
 
-def _are_tags(parts) -> bool:
+def are_tags(parts) -> bool:
     """Whether these are many short parts, as a tagger writes them, and no sentence."""
     words = [len(re.split(r"[\s_]+", part)) for part in parts]
     is_short = len(parts) >= MIN_TAGS and statistics.median(words) <= MAX_TAG_WORDS
@@ -32,8 +32,8 @@ def kind_of(faces: list[tuple[str, ...]]) -> str:
     """What the captions of these faces are, decided for all alike: "tags" (lists with commas), "one tag each" or
     "sentences"; anything but sentences only if 80 % of the faces say so.
     """
-    lists = sum(all(_are_tags(split_tags(caption)) for caption in captions) for captions in faces)
-    single = sum(_are_tags(captions) and not any("," in caption for caption in captions) for captions in faces)
+    lists = sum(all(are_tags(split_tags(caption)) for caption in captions) for captions in faces)
+    single = sum(are_tags(captions) and not any("," in caption for caption in captions) for captions in faces)
     if lists and lists >= KIND_SHARE * len(faces):
         return "tags"
     return "one tag each" if single and single >= KIND_SHARE * len(faces) else "sentences"

@@ -19,7 +19,16 @@ from training.files import TEMPORARY, Stop, write_atomic
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
 PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
 PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
-PRODUCTS += ("samples", "checkpoints", "last", "candidates", "tensorboard", "share", PAGE)  # --overwrite deletes all
+PRODUCTS += (
+    "samples",
+    "checkpoints",
+    "last",
+    "candidates",
+    "tensorboard",
+    "share",
+    "share.old",
+    PAGE,
+)  # --overwrite deletes all
 # After the end of a run these, if changed, go on from it, or export it anew
 GO_ON = {"num_train_epochs", "early_stopping_patience", "lora_name", "private_captions"}
 ABOUT = ("data", "processes", "precision")  # in config.json besides the constants
@@ -140,22 +149,27 @@ def check_space(output: Path, parameters: int, config) -> None:
 def locked(folder: Path):
     """One run at a time in a folder, which is made if it isn't there, and deleted at the end if nothing is in it.
 
-    The system frees a killed process's lock. Raises CheckpointError: another run is at work in it.
+    The system frees a killed process's lock. Raises CheckpointError: another run is at work in it, or its disk has no
+    locks.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        remedy = "wait for it, stop it, or choose another output_dir"
-        raise CheckpointError(f"output_dir={str(folder)!r} is in use by another run: {remedy}") from None
-    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:  # an OSError, too
+            remedy = "wait for it, stop it, or choose another output_dir"
+            raise CheckpointError(f"output_dir={str(folder)!r} is in use by another run: {remedy}") from None
+        except OSError as error:
+            why = f"can't be locked ({error.strerror or error}), so another run might write into it"
+            raise CheckpointError(f"output_dir={str(folder)!r} {why}: choose one on a local disk") from None
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows deletes no open file
-            (folder / LOCK).unlink()
-        lock.release()
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                (folder / LOCK).unlink()
+            lock.release()
         for path in made:
             with contextlib.suppress(OSError):  # something is in it, as should be
                 path.rmdir()

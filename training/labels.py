@@ -1,7 +1,7 @@
 """What a LoRA file says about itself in its header, for programs that list LoRAs and for people.
 
-modelspec.*, the fields of Stability AI's ModelSpec, and ss_*, kohya's. No path and no sentence is among them; tags are,
-unless private_captions is on.
+modelspec.*, the fields of Stability AI's ModelSpec, and ss_*, kohya's. No path is among them, and of captions only what
+reads as a list of tags, unless private_captions is on.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
-from training.captions import SENTENCE_END, split_tags
+from training.captions import MAX_TAG_WORDS, are_tags, split_tags
 from training.files import Stop
 
 DEMO = "demo/base"
@@ -28,7 +28,7 @@ def run_start(kept: int | None = None) -> int:
     given = os.environ.get("SOURCE_DATE_EPOCH")
     if given is not None and not re.fullmatch("[0-9]{1,10}", given):
         raise Stop(2, f"SOURCE_DATE_EPOCH={given!r} must be a whole number, seconds since 1970: correct or unset it")
-    return int(given or kept or time.time())
+    return int(next(moment for moment in (given, kept, time.time()) if moment is not None))
 
 
 def base_name(config) -> str:
@@ -46,11 +46,17 @@ def base_hash(config, base: Path) -> str | None:
 
 
 def tag_frequency(config, dataset) -> dict[str, int]:
-    """How many training faces have each tag, the most frequent first. Empty where captions are sentences."""
+    """How many training faces have each tag, the most frequent first. Empty where captions are sentences.
+
+    Some faces of a data set of tags may have sentences, too. So captions that don't read as tags are left out, and
+    what is long and said of one face alone.
+    """
     tags = Counter()
     for face in (dataset.faces[index] for index in dataset.train if dataset.kind != "sentences"):
-        found = {tag for text in face.captions if not SENTENCE_END.search(text) for tag in split_tags(text)}
-        tags.update(tag for tag in found if len(tag) <= 40 and len(tag.split()) <= 5)  # longer ones may be sentences
+        lists = (split_tags(caption) for caption in face.captions)
+        tags.update({tag for parts in lists if are_tags(parts) for tag in parts if len(tag) <= 40})
+    longest = {tag: MAX_TAG_WORDS + (2 if count > 1 else 0) for tag, count in tags.items()}  # in words
+    tags = Counter({tag: count for tag, count in tags.items() if len(tag.split()) <= longest[tag]})
     tags |= {config.trigger_word: len(dataset)} if config.trigger_word else {}
     return dict(sorted(tags.items(), key=lambda item: (-item[1], item[0])))
 
