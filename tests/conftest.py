@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -142,17 +143,16 @@ def faces(tmp_path, demo_faces) -> Path:
     return copy_faces(demo_faces, tmp_path / "faces")
 
 
-@pytest.fixture
-def tiny_config(tmp_path, faces, tiny_base):
-    """A training of 3 epochs of 2 steps on the tiny base, without pictures: a few seconds."""
+def small_config(folder: Path, faces: Path, base: Path, **changes):
+    """A training of 3 epochs of 2 steps on the tiny base, without pictures, in `folder`: a few seconds."""
     from train_manga_lora import TrainingConfig
 
-    return TrainingConfig(
+    small = TrainingConfig(
         dataset_dir=str(faces),
         json_file=str(faces / "modified_face_250.json"),
-        output_dir=str(tmp_path / "out"),
-        pretrained_model=str(tiny_base),
-        cache_dir=str(tmp_path / "cache"),
+        output_dir=str(folder / "out"),
+        pretrained_model=str(base),
+        cache_dir=str(folder / "cache"),
         resolution=64,
         num_train_epochs=3,
         learning_rate=1e-3,
@@ -162,6 +162,38 @@ def tiny_config(tmp_path, faces, tiny_base):
         sample_prompts=(),
         num_workers=0,
     )
+    return dataclasses.replace(small, **changes)
+
+
+@pytest.fixture
+def tiny_config(tmp_path, faces, tiny_base):
+    return small_config(tmp_path, faces, tiny_base)
+
+
+def make_faces(folder: Path, captions: list, **options):
+    """A data set of 8 x 8 pictures, each another one, named face000, face001, ... with the given captions."""
+    from dataset import MangaFaceDataset
+
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, texts in enumerate(captions):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"face{number:03d}.png")
+        entries.append({"image_name": f"face{number:03d}", "captions": [texts] if isinstance(texts, str) else texts})
+    (folder / "captions.json").write_text(json.dumps(entries), encoding="utf-8")
+    return MangaFaceDataset(folder, folder / "captions.json", **{"resolution": 8, "num_workers": 0, **options})
+
+
+@pytest.fixture(scope="session")
+def demo_captions(demo_faces) -> list[list[str]]:
+    entries = json.loads((demo_faces / "modified_face_250.json").read_text(encoding="utf-8"))
+    return [entry["captions"] for entry in entries]
+
+
+@pytest.fixture(scope="session")
+def manga(tmp_path_factory, demo_captions):
+    """The demo's 250 captions, on pictures small enough to read at once."""
+    return make_faces(tmp_path_factory.mktemp("manga") / "faces", demo_captions)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from training import denoising, memory, model
 from training.base_model import BaseModelError, find_unit, load_unet, load_vae
 from training.encoding import EncodedDataset, encode_faces
 from training.files import Stop
-from training.framing import bucket_shapes, find_frame, frame_picture, near_shapes, place_box
+from training.framing import bucket_shapes, find_frame, frame_picture, ink_of, near_shapes, place_box
 from training.pictures import load_image
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parent.parent
@@ -206,7 +206,7 @@ def test_boxes_have_exactly_the_aspect_of_their_shape_and_fill_one_side(width, h
     grey = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width), dtype=np.uint8))
     frame = (3, 5, width - 2, height - 7)
     shape = near_shapes(frame[2] - frame[0], frame[3] - frame[1], 512, 64)[0]
-    _, (left, top, right, bottom) = place_box(grey, frame, shape)
+    _, (left, top, right, bottom) = place_box(ink_of(grey, frame), frame, shape)
     assert (right - left) / (bottom - top) == pytest.approx(shape[1] / shape[0], rel=1e-12)  # nothing is stretched
     assert frame[0] <= left and frame[1] <= top and right <= frame[2] + 1e-9 and bottom <= frame[3] + 1e-9
     filled = (right - left) / (frame[2] - frame[0]), (bottom - top) / (frame[3] - frame[1])
@@ -222,7 +222,7 @@ def test_the_rest_is_cut_where_the_border_is_emptiest(at, paper):
         centre = 80 + at * 440
         wide.head(centre - 70, 30, centre + 70, 170)
         grey = wide.image.transpose(Image.Transpose.TRANSPOSE) if turned else wide.image
-        _, (left, top, right, bottom) = place_box(grey, (0, 0, *grey.size), (512, 512))
+        _, (left, top, right, bottom) = place_box(ink_of(grey, whole := (0, 0, *grey.size)), whole, (512, 512))
         start, end = (top, bottom) if turned else (left, right)
         assert end - start == 200 and start <= centre - 70 and centre + 70 <= end
 
@@ -230,14 +230,14 @@ def test_the_rest_is_cut_where_the_border_is_emptiest(at, paper):
 def test_heads_are_up_so_the_chest_is_cut_before_the_hair():
     panel = Panel(400, 440).head(100, -20, 300, 250)
     panel.draw.rectangle((50, 300, 350, 439), fill=0)  # black clothes
-    assert place_box(panel.image, (0, 0, 400, 440), (512, 512))[1] == (0, 0, 400, 400)
+    assert place_box(ink_of(panel.image, whole := (0, 0, 400, 440)), whole, (512, 512))[1] == (0, 0, 400, 400)
 
 
 def test_of_shapes_that_cut_little_that_which_loses_no_ink_is_taken():
     """A head that fills the height: the nearest shape would cut its hair, another one only paper beside it."""
     panel = Panel(455, 400).head(130, 0, 330, 399)  # 576 x 512 would cut 4 of 400 rows, 512 x 512 (12 %) is too far
     shapes = near_shapes(455, 400, 512, 64)
-    inks = {shape: place_box(panel.image, (0, 0, 455, 400), shape)[0] for shape in shapes}
+    inks = {shape: place_box(ink_of(panel.image, (0, 0, 455, 400)), (0, 0, 455, 400), shape)[0] for shape in shapes}
     _, (left, top, right, bottom), shape = frame_picture(panel.image, 512, 64, "buckets", False)
     assert inks[shapes[0]] > 0 and inks[shape] == 0 and shape != shapes[0]
     assert (top, bottom) == (0, 400) and left <= 130 and right >= 330
@@ -251,7 +251,10 @@ def test_a_square_picture_is_never_cut():
 
 def test_a_blank_picture_is_cut_in_the_middle():
     for paper in (0, 255):
-        assert place_box(Image.new("L", (500, 400), paper), (0, 0, 500, 400), (512, 512)) == (0, (50, 0, 450, 400))
+        assert place_box(ink_of(Image.new("L", (500, 400), paper), whole := (0, 0, 500, 400)), whole, (512, 512)) == (
+            0,
+            (50, 0, 450, 400),
+        )
 
 
 def test_a_circle_stays_a_circle(tmp_path):
@@ -260,7 +263,7 @@ def test_a_circle_stays_a_circle(tmp_path):
         panel.draw.ellipse((width / 2 - 100, height / 2 - 100, width / 2 + 100, height / 2 + 100), fill=0)
         panel.image.save(tmp_path / "a.png")
         shape = near_shapes(width, height, 512, 64)[0]
-        _, box = place_box(panel.image, (0, 0, width, height), shape)
+        _, box = place_box(ink_of(panel.image, whole := (0, 0, width, height)), whole, shape)
         ink = load_image(tmp_path / "a.png", box, shape)[0] < 0
         across, along = ink.any(dim=0).sum().item(), ink.any(dim=1).sum().item()
         assert abs(across - along) <= 1

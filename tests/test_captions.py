@@ -12,11 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import make_faces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from dataset import MangaFaceDataset
 from training.base_model import find_tokenizer
 from training.captions import MAX_VARIANTS, kind_of, packs, shuffles, split_tags, tidy_tags
 from training.denoising import draw_batch, validate
@@ -24,17 +23,6 @@ from training.encoding import EncodedDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCES = ["A girl smiles.", "Her hair is long, and dark", "She wears round glasses!", "A calm, quiet mood ..."]
-
-
-def make_faces(folder: Path, captions: list, **options) -> MangaFaceDataset:
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number, texts in enumerate(captions):
-        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"face{number:03d}.png")
-        entries.append({"image_name": f"face{number:03d}", "captions": texts})
-    (folder / "captions.json").write_text(json.dumps(entries), encoding="utf-8")
-    return MangaFaceDataset(folder, folder / "captions.json", **{"resolution": 8, "num_workers": 0, **options})
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import make_faces
 from PIL import Image, ImageOps
 
 import dataset as dataset_module
@@ -30,30 +31,6 @@ from training.pictures import load_image
 
 CPU = torch.device("cpu")
 COMMON = "manga style, clean lineart, expressive face"
-
-
-def make_faces(folder: Path, captions: list, **options) -> MangaFaceDataset:
-    """A data set of 8 x 8 pictures, each another one, named face000, face001, ... with the given captions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for number, texts in enumerate(captions):
-        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"face{number:03d}.png")
-        entries.append({"image_name": f"face{number:03d}", "captions": [texts] if isinstance(texts, str) else texts})
-    (folder / "captions.json").write_text(json.dumps(entries), encoding="utf-8")
-    return MangaFaceDataset(folder, folder / "captions.json", **{"resolution": 8, **options})
-
-
-@pytest.fixture(scope="module")
-def demo_captions(demo_faces) -> list[list[str]]:
-    entries = json.loads((demo_faces / "modified_face_250.json").read_text(encoding="utf-8"))
-    return [entry["captions"] for entry in entries]
-
-
-@pytest.fixture(scope="module")
-def manga(tmp_path_factory, demo_captions) -> MangaFaceDataset:
-    """The demo's 250 captions, on pictures small enough to read at once."""
-    return make_faces(tmp_path_factory.mktemp("manga") / "faces", demo_captions)
 
 
 # Weights ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, exported, run, signal_at_step
+from conftest import ROOT, exported, run, signal_at_step, small_config
 from PIL import Image
 from safetensors import safe_open
 
@@ -35,19 +35,8 @@ def header_of(file) -> dict[str, str]:
 def finished(tmp_path_factory, tiny_base, shared_faces):
     """(config, header) of one whole run with a trigger word, pictures included."""
     folder = tmp_path_factory.mktemp("labels")
-    config = trainer.TrainingConfig(
-        dataset_dir=str(shared_faces),
-        json_file=str(shared_faces / "modified_face_250.json"),
-        output_dir=str(folder / "out"),
-        cache_dir=str(folder / "cache"),
-        pretrained_model=str(tiny_base),
-        resolution=64,
-        lora_rank=4,
-        lora_alpha=8,
-        lora_name="my_style",
-        trigger_word="sks style",
-        **PICTURES,
-    )
+    own = {"lora_name": "my_style", "trigger_word": "sks style"}
+    config = small_config(folder, shared_faces, tiny_base, **own, **PICTURES)
     trainer.main(config)
     return config, header_of(pathlib.Path(config.output_dir, FILE))
 
@@ -303,6 +292,6 @@ def test_other_names_are_taken(tiny_config, name):
 
 
 def test_a_name_too_long_for_a_file_system_is_refused_before_training(tiny_config):
-    with pytest.raises(trainer.Stop, match="lora_name=.* must be at most 200 bytes"):
+    with pytest.raises(trainer.Stop, match="must be at most 200 bytes"):
         run(tiny_config, lora_name="\N{CJK UNIFIED IDEOGRAPH-20000}" * 51)
     trainer.check_config(dataclasses.replace(tiny_config, lora_name="\N{CJK UNIFIED IDEOGRAPH-20000}" * 50))

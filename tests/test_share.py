@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, run, small_config
 from PIL import Image
 
 import train_manga_lora as trainer
@@ -26,15 +26,10 @@ FILE = "pytorch_lora_weights.safetensors"
 def shared(tmp_path_factory, tiny_base, shared_faces):
     """(config, its share folder, what was printed) of a run with a trigger word and clip skip 2."""
     folder = tmp_path_factory.mktemp("share")
-    config = trainer.TrainingConfig(
-        dataset_dir=str(shared_faces),
-        json_file=str(shared_faces / "modified_face_250.json"),
-        output_dir=str(folder / "out"),
-        cache_dir=str(folder / "cache"),
-        pretrained_model=str(tiny_base),
-        resolution=64,
-        lora_rank=4,
-        lora_alpha=8,
+    config = small_config(
+        folder,
+        shared_faces,
+        tiny_base,
         learning_rate=0.01,
         num_train_epochs=1,
         lora_name="my_style",
@@ -43,7 +38,6 @@ def shared(tmp_path_factory, tiny_base, shared_faces):
         sample_prompts=('a "manga" face: sad', "another {face}"),
         sample_steps=2,
         samples_per_prompt=2,
-        sample_every_n_epochs=0,
     )
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         trainer.main(config)

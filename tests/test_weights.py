@@ -8,25 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_faces
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-from test_captions import make_faces
 
 from dataset import FACE_WORDS, MangaFaceDataset, clip_to_mean_one, strongest_terms
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 import weights_check  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def demo_captions(demo_faces) -> list[list[str]]:
-    entries = json.loads((demo_faces / "modified_face_250.json").read_text(encoding="utf-8"))
-    return [entry["captions"] for entry in entries]
-
-
-@pytest.fixture(scope="module")
-def manga(tmp_path_factory, demo_captions) -> MangaFaceDataset:
-    return make_faces(tmp_path_factory.mktemp("manga") / "faces", demo_captions)
 
 
 def raw_by_hand(captions: list[tuple[str, ...]]) -> np.ndarray:

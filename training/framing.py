@@ -111,27 +111,38 @@ def near_shapes(width: int, height: int, resolution: int, unit: int) -> list[tup
     return [nearest, *(shape for shape in others if distance(shape)[0] < -math.log(1 - MUCH_CUT))]
 
 
+def ink_of(grey: Image.Image, frame: tuple[int, ...]) -> np.ndarray:
+    """Darkness and strokes (changes of brightness) inside `frame`, made small so that a screentone is even grey.
+
+    Args:
+        grey: the upright picture, mode L.
+
+    Shape: (h, w), at most SMALL each.
+    """
+    left, top, right, bottom = frame
+    small = [min(side, SMALL) for side in (right - left, bottom - top)]
+    pixels = np.asarray(grey.resize(small, Image.Resampling.BILINEAR, box=frame)).astype(float)
+    strokes = sum(np.abs(np.diff(pixels, axis=along, append=pixels.take([-1], along))) for along in (0, 1))
+    return 255 - pixels + strokes
+
+
 def place_box(
-    grey: Image.Image, frame: tuple[int, ...], shape: tuple[int, int]
+    ink: np.ndarray, frame: tuple[int, ...], shape: tuple[int, int]
 ) -> tuple[float, tuple[float, float, float, float]]:
     """(ink cut off, the largest box inside `frame` with the aspect of `shape` (H, W), where that is least).
 
-    Ink is darkness and strokes (changes of brightness) in the picture made small, so that a screentone is even grey.
     As heads are up, what is cut at the top counts HEAD_UP times. Of equal places the middle one is taken. The
     corner is on a whole pixel.
 
     Args:
-        grey: the upright picture, mode L.
+        ink: inside the frame: see ink_of().
     """
     left, top, right, bottom = frame
     size, scale = (right - left, bottom - top), min((right - left) / shape[1], (bottom - top) / shape[0])
     kept = (shape[1] * scale, shape[0] * scale)
     axis = int(size[0] - kept[0] < size[1] - kept[1])  # what is cut: 0 from left and right, 1 from top and bottom
     excess = size[axis] - kept[axis]
-    small = grey.resize([min(side, SMALL) for side in size], Image.Resampling.BILINEAR, box=frame)
-    pixels = np.asarray(small).astype(float)
-    strokes = sum(np.abs(np.diff(pixels, axis=along, append=pixels.take([-1], along))) for along in (0, 1))
-    ink = (255 - pixels + strokes).sum(axis=axis)
+    ink = ink.sum(axis=axis)
     ink = np.append(0, (ink - ink.min()).cumsum())  # up to each row or column; the emptiest is paper, whatever its tone
     offsets = np.arange(int(excess) + 1)
     edges = np.linspace(0, size[axis], len(ink))
@@ -170,6 +181,7 @@ def frame_picture(
     if framing == "square":
         return frame, centred_box(frame, (resolution, resolution)), (resolution, resolution)
     shapes = near_shapes(frame[2] - frame[0], frame[3] - frame[1], resolution, unit)
-    places = [(*place_box(grey, frame, shape), shape) for shape in shapes]
+    ink = ink_of(grey, frame)
+    places = [(*place_box(ink, frame, shape), shape) for shape in shapes]
     _, box, shape = min(places, key=lambda place: place[0])  # the first of equals: nothing is cut from it, or little
     return frame, box, shape
