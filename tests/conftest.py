@@ -47,7 +47,8 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
                 count[outcome] += properties.get("cases", 1)  # record_property("cases", n): n in one test
     for promise, count in sorted(counts.items()):
         terminalreporter.write_line(f"{promise}: {sum(count.values())} cases tried, {count['failed']} failed")
-    if config.getoption("--record") and exitstatus == 0:
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist: it has seen a part only
+    if config.getoption("--record") and exitstatus == 0 and not is_worker:
         content = {promise: count["passed"] for promise, count in sorted(counts.items())}
         config.getoption("--record").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
