@@ -27,7 +27,8 @@ import torch
 from dataset import MangaFaceDataset
 from evaluation.score import Evaluation
 from train_manga_lora import FORMER, TrainingConfig, check_config
-from training.base_model import find_base, find_tokenizer, find_unit
+from training.base_model import load_tokenizer
+from training.bases import find_base, resolution_unit
 from training.checkpoint import LORA_FILES
 
 
@@ -49,7 +50,7 @@ def read_run(folder: Path) -> tuple[TrainingConfig, str, Path]:
         raise InputError(f"{file} is not that of a finished training ({error!r:.80}): train again") from None
     if not base.is_dir():  # nothing is downloaded at a file's word
         raise InputError(f"{file}: base={run['base']!r} is no folder any more: train again, with --overwrite")
-    return config, str(run.get("data")), find_base(str(base))
+    return config, str(run.get("data")), find_base(str(base), config.cache_dir)
 
 
 def main(arguments: list[str]) -> None:
@@ -60,11 +61,11 @@ def main(arguments: list[str]) -> None:
     if not (folder / "config.json").is_file() or not lora_file.is_file():
         raise InputError(f"--lora {folder} holds no finished training: run train_manga_lora.py first")
     config, data, base = read_run(folder)
-    dataset = MangaFaceDataset.from_config(config, find_unit(str(base)))
+    dataset = MangaFaceDataset.from_config(config, resolution_unit(base))
     if dataset.fingerprint != data:
         why = f"the faces or captions in {config.dataset_dir} have changed since the training"
         raise InputError(f"--lora {folder}: {why}, so a score would mean nothing: put them back")
-    dataset.make_texts(find_tokenizer(str(base)))
+    dataset.make_texts(load_tokenizer(base))
     evaluation = Evaluation(config, dataset, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(evaluation.write(folder, evaluation.judge(lora_file)))
 

@@ -36,7 +36,7 @@ class TrainingConfig:
     output_dir: str = "lora_output"  # everything the run makes
     lora_name: str = "manga_faces"  # of the LoRA in UIs, and of its files in OUTPUT/share
 
-    pretrained_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or local diffusers folder
+    pretrained_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, .safetensors, .ckpt or folder
     clip_skip: int = 1  # layer of the text encoder, from its last; NAI-derived anime bases want 2
     resolution: int = 512  # pixels a side of a square picture; a multiple of 64 for SD1.5
     framing: str = "buckets"  # each picture keeps its shape, at about resolution^2 pixels; "square": its centre square
@@ -145,10 +145,11 @@ from evaluation.best_epoch import keep_candidate, prune_candidates
 from evaluation.pictures import draw_samples, is_sampled
 from evaluation.summary import finish
 from lora_layers import GradientPenalty, LoRASelfCheckError
-from training.base_model import check_clip_skip, check_resolution, find_base, find_tokenizer, find_unit, use_mirror
+from training import bases
+from training.base_model import load_tokenizer
 from training.checkpoint import CheckpointError, TrainingState, Validated, resume_state, save_state
 from training.dataset_report import dataset_warnings, write_dataset_report
-from training.denoising import Batch, draw_batch, one_late, read_later, sum_over_processes, validate
+from training.denoising import Batch, check_prediction, draw_batch, one_late, read_later, sum_over_processes, validate
 from training.encoding import Data, EncodedDataset, encode
 from training.labels import labels_of
 from training.memory import is_out_of_memory, plan_memory
@@ -249,24 +250,24 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     """
     check_config(config)
     with Run(config, MAY_CHANGE_ON_RESUME, FORMER, process_start) as run:
-        # Read the faces, hold some out, weight the others by how rare their captions are
-        config = use_mirror(config, run.log)
-        dataset = MangaFaceDataset.from_config(config, find_unit(config.pretrained_model))
+        # What kind of base is it? Read the faces, hold some out, weight the others by how rare their captions are
+        config = bases.use_mirror(config, run.log)
+        with run.main_process_first():
+            configs = bases.find_configs(config.pretrained_model, is_optional=config.dry_run)
+        bases.check_fits(config, configs)
+        dataset = MangaFaceDataset.from_config(config, bases.resolution_unit(configs))
 
         # Is there a run in the folder already?
         run.open(config, dataset.fingerprint)
         if run.is_finished:
             return run.finished_summary()
         state = TrainingState.of_new_run(config, len(dataset), run.world, run.fingerprint)
-        tokenizer = find_tokenizer(config.pretrained_model)
+        tokenizer = load_tokenizer(configs) if configs else None
         dataset.make_texts(tokenizer)
         warnings = dataset_warnings(dataset, config, state.total_steps)
+        run.log(bases.about(config.pretrained_model))
         run.log(dataset.report(tokenizer, [text for text, _ in warnings]))
         run.log(state.arithmetic(config, run.world))
-        if Path(config.pretrained_model).is_dir():
-            base = find_base(config.pretrained_model)
-            check_resolution(config.resolution, base)
-            check_clip_skip(config.clip_skip, base)
         if config.dry_run:
             if run.is_main:
                 run.log(write_dataset_report(dataset, tokenizer, config, state.total_steps, run.output))
@@ -274,16 +275,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
 
         # Encode every face and text once; VAE and text encoder are gone before the UNet comes
         with run.main_process_first():
-            base = find_base(config.pretrained_model)
-        check_resolution(config.resolution, base)
-        check_clip_skip(config.clip_skip, base)
-        if (unit := find_unit(str(base))) != dataset.unit:  # only now downloaded: it has other shapes
-            dataset = MangaFaceDataset.from_config(config, unit)
-            dataset.make_texts(tokenizer)
-        if tokenizer is None:  # only now downloaded
-            tokenizer = find_tokenizer(str(base))
-            dataset.make_texts(tokenizer)
-            run.log("\n".join(dataset.report_tokens(tokenizer)))
+            base = bases.find_base(config.pretrained_model, config.cache_dir, run.log)
         data = encode(dataset, config, base, run)
 
         # The UNet, frozen, with LoRA on top: new, or as a checkpoint left it
@@ -387,17 +379,26 @@ def end_epoch(run: Run, model: Model, state: TrainingState) -> None:
 
 def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: TrainingState) -> None:
     """Validate, keep the epoch's LoRA if it may turn out to be the best, save. Does nothing if a signal comes."""
-    epoch, found = state.epoch, (None, None)
-    if data.dataset.validation:
-        parts = (model.unet, model.scheduler, data.dataset, data.encoded, config.seed, (run.rank, run.world))
-        found = validate(*parts, lambda: run.is_stopping)
-        if found is None:
-            return
-        if not math.isfinite(found[0]):
-            raise Stop(4, f"the validation loss after epoch {epoch} is {found[0]}. {NOTHING_EXPORTED}")
+    epoch, held_out = state.epoch, data.dataset.validation
+
+    def validate_with(scheduler, unet=model.unet) -> tuple[float, float] | None:
+        faces, process = held_out or data.dataset.train[:8], (run.rank, run.world)
+        parts = (unet, scheduler, data.dataset, data.encoded, config.seed, process)
+        return validate(*parts, lambda: run.is_stopping, faces)
+
+    found = validate_with(model.scheduler) if held_out or not epoch else (None, None)
+    if found is None:
+        return
+    if not epoch:  # the base as it is: does it fit?
+        check_prediction(validate_with, model.scheduler, found[0], run.base, run.log)
+    if not held_out:
+        found = (None, None)
+    elif not math.isfinite(found[0]):
+        raise Stop(4, f"the validation loss after epoch {epoch} is {found[0]}. {NOTHING_EXPORTED}")
+    else:
         run.add_validation(state.step, found[0])
     state.history.append(Validated(epoch, *found))
-    if data.dataset.validation:
+    if held_out:
         best = " (best so far)" if state.best == state.history[-1] else ""
         when = f"Epoch {epoch}: Validation Loss" if epoch else "Validation loss before training"
         run.log(f"{when}: {found[0]:.4f}{best}")

@@ -233,7 +233,8 @@ def evaluation():
         from dataset import MangaFaceDataset
         from evaluation import pictures
         from evaluation.score import Evaluation
-        from training.base_model import find_tokenizer, find_unit
+        from training.base_model import load_tokenizer
+        from training.bases import resolution_unit
 
         demo = train_manga_lora.DEMO | {
             "demo": True,
@@ -242,8 +243,8 @@ def evaluation():
             "cache_dir": str(WORK / "cache"),
         }
         config = train_manga_lora.TrainingConfig(**demo)
-        faces = MangaFaceDataset.from_config(config, find_unit(config.pretrained_model))
-        faces.make_texts(find_tokenizer(config.pretrained_model))
+        faces = MangaFaceDataset.from_config(config, resolution_unit(Path(config.pretrained_model)))
+        faces.make_texts(load_tokenizer(Path(config.pretrained_model)))
         with mock.patch.object(pictures, "MAX_ATTRIBUTE_PROMPTS", ATTRIBUTE_PROMPTS):
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             EVALUATION.append(Evaluation(config, faces, Path(config.pretrained_model), device))

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from evaluation.pictures import write_picture
+from training.bases import single_file
 from training.checkpoint import LORA_FILES
 from training.files import discard, rename_with_retries, temporary_beside, write_atomic
 from training.labels import DEMO, base_name
@@ -56,7 +57,7 @@ def _python(config, base: str, lora: str, device: str = "cpu") -> list[str]:
 
 def use_it(run, config, base: Path) -> str:
     """Three lines that work as they are: Python, a prompt for A1111, the folder to copy from."""
-    named = str(base) if Path(config.pretrained_model).is_file() else config.pretrained_model
+    named = str(base) if single_file(config.pretrained_model) else config.pretrained_model
     python = "; ".join(_python(config, named, str(run.output / LORA_FILES[1]), run.device.type))
     skip = f"   (Clip skip: {config.clip_skip})" if config.clip_skip > 1 else ""
     prompt = f"<lora:{config.lora_name}:1> {' '.join(_prompt(config).split())}{skip}"

@@ -18,7 +18,7 @@ import train_manga_lora as trainer
 from dataset import MangaFaceDataset
 from lora_layers import lora_parameters
 from training import denoising
-from training.base_model import find_tokenizer
+from training.base_model import load_tokenizer
 
 sys.path.insert(0, str(ROOT / "bench"))
 import ablation
@@ -92,7 +92,7 @@ def test_min_snr_weighs_noise_prediction_by_min_of_snr_and_gamma_over_snr(faces,
 
 @pytest.mark.parametrize("row, packed", [("joined_captions", True), ("single_captions", False)])
 def test_caption_rows_draw_only_their_kind_and_leave_the_data_set_alone(faces, monkeypatch, row, packed):
-    faces.make_texts(find_tokenizer(str(ROOT / "demo" / "base")))
+    faces.make_texts(load_tokenizer(ROOT / "demo" / "base"))
     before = [list(indices) for indices in faces.text_indices]
     swapped(monkeypatch, ablation.ROWS[row].swap())
     for step in range(20):

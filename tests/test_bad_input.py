@@ -18,6 +18,7 @@ from train_manga_lora import TrainingConfig
 
 TOLD = pytest.mark.promise("Bad input is told in one line with its name and value, and changes nothing")
 ROOT = Path(__file__).resolve().parent.parent
+DEMO_BASE = ROOT / "demo" / "base"
 
 
 def snapshot(folder: Path) -> dict:
@@ -52,7 +53,7 @@ def check_refused(script, place: Path, config_or_arguments, *words: str) -> None
 
 def check_captions_refused(script, place: Path, content: bytes, words: list[str]) -> None:
     (place / "faces" / "modified_face_250.json").write_bytes(content)
-    check_refused(script, place, flags(place, "nowhere"), "modified_face_250.json", *words)
+    check_refused(script, place, flags(place, DEMO_BASE), "modified_face_250.json", *words)
 
 
 def flags(place: Path, base, *more: str) -> list[str]:
@@ -102,7 +103,7 @@ def flags(place: Path, base, *more: str) -> list[str]:
     ],
 )
 def test_a_bad_flag_is_named_with_its_value_and_what_was_meant(script, place, given, words):
-    check_refused(script, place, flags(place, "nowhere", *given), *words)
+    check_refused(script, place, flags(place, DEMO_BASE, *given), *words)
 
 
 OUT_OF_RANGE = {
@@ -144,7 +145,7 @@ OUT_OF_RANGE = {
 def test_a_constant_out_of_range_is_named_with_its_value(script, place, name, value):
     kind = type(getattr(script.TrainingConfig, name))
     shown = f"{name}={kind(value)!r}"
-    check_refused(script, place, flags(place, "nowhere", f"--{name}={value}"), shown, "must be")
+    check_refused(script, place, flags(place, DEMO_BASE, f"--{name}={value}"), shown, "must be")
 
 
 @TOLD
@@ -161,12 +162,12 @@ def test_a_constant_out_of_range_is_named_with_its_value(script, place, name, va
     ],
 )
 def test_a_constant_edited_to_another_type_is_named(script, place, name, value):
-    config = dataclasses.replace(script.parse_arguments(flags(place, "nowhere")), **{name: value})
+    config = dataclasses.replace(script.parse_arguments(flags(place, DEMO_BASE)), **{name: value})
     check_refused(script, place, config, f"{name}={value!r}")
 
 
 def test_a_whole_number_is_welcome_where_a_fraction_is_asked_for(script, place):
-    config = script.parse_arguments(flags(place, "nowhere", "--dry_run"))
+    config = script.parse_arguments(flags(place, DEMO_BASE, "--dry_run"))
     assert script.main(dataclasses.replace(config, learning_rate=1, max_grad_norm=1)) == {}  # a dry run's summary
 
 
@@ -189,7 +190,7 @@ def test_a_resolution_that_does_not_divide_gets_the_nearest_that_does(script, pl
 @TOLD
 def test_a_missing_folder_leads_to_the_demo(script, place):
     shutil.rmtree(place / "faces")
-    check_refused(script, place, flags(place, "nowhere"), "dataset_dir='faces'", "--demo")
+    check_refused(script, place, flags(place, DEMO_BASE), "dataset_dir='faces'", "--demo")
 
 
 def test_an_empty_folder_or_one_level_too_high_is_told(script, place):
@@ -198,7 +199,7 @@ def test_an_empty_folder_or_one_level_too_high_is_told(script, place):
     (place / "faces" / "modified_face_250.json").rename(place / "captions.json")
     for path in (place / "faces").glob("*.png"):
         path.rename(inner / path.name)
-    given = flags(place, "nowhere", "--json_file", "captions.json")
+    given = flags(place, DEMO_BASE, "--json_file", "captions.json")
     check_refused(script, place, given, "6 images lie one level deeper", str(Path("faces/inner")), "captions.json")
     shutil.rmtree(inner)
     check_refused(script, place, given, "dataset_dir='faces'", "holds no", ".png", "--demo")
@@ -242,14 +243,14 @@ def test_a_bad_caption_file_is_told_with_its_place_and_the_shape_expected(script
 @TOLD
 def test_two_files_of_one_name_are_both_named(script, place):
     shutil.copy(place / "faces" / "face0.png", place / "faces" / "face0.JPG")
-    check_refused(script, place, flags(place, "nowhere"), "'face0'", "face0.png", "face0.JPG", "suffix")
+    check_refused(script, place, flags(place, DEMO_BASE), "'face0'", "face0.png", "face0.JPG", "suffix")
 
 
 @TOLD
 def test_faces_of_which_none_can_be_read_are_counted_with_the_first_reason(script, place):
     for path in (place / "faces").glob("*.png"):
         path.write_text("not a picture")
-    check_refused(script, place, flags(place, "nowhere"), "no usable face", "6 skipped", "face0.png: cannot identify")
+    check_refused(script, place, flags(place, DEMO_BASE), "no usable face", "6 skipped", "face0.png: cannot identify")
 
 
 # Base and output folder ------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from dataset import MangaFaceDataset
 from lora_layers import inject_lora, lora_parameters
 from training import denoising, memory, model
-from training.base_model import BaseModelError, find_unit, load_unet, load_vae
+from training.base_model import load_unet, load_vae
+from training.bases import BaseModelError, resolution_unit
 from training.encoding import EncodedDataset, encode_faces
 from training.files import Stop
 from training.framing import bucket_shapes, find_frame, frame_picture, ink_of, near_shapes, place_box
@@ -566,19 +567,8 @@ def test_a_run_of_mixed_shapes_is_drawn_and_scored(script, config):
     assert Path(config.output_dir, "before_after.png").is_file()
 
 
-def test_a_base_found_to_have_another_unit_gets_its_own_shapes(script, config, monkeypatch):
-    """One that had to be downloaded first, and isn't SD1.5."""
-    units, read_in = [64, 32], []
-    monkeypatch.setattr(script, "find_unit", lambda name: units.pop(0))
-    original = script.encode
-    monkeypatch.setattr(script, "encode", lambda dataset, *rest: read_in.append(dataset) or original(dataset, *rest))
-    script.main(dataclasses.replace(config, num_train_epochs=1))
-    assert read_in[0].unit == 32 and len({face.shape for face in read_in[0].faces}) == 4
-
-
-def test_the_unit_is_the_base_s_and_64_where_it_is_unknown(tiny_base, tmp_path):
-    assert find_unit(str(tiny_base)) == 32
-    assert find_unit("nobody/no-such-base") == 64 and find_unit(str(tmp_path)) == 64
+def test_the_unit_is_the_base_s_and_64_where_it_is_unknown(tiny_base):
+    assert resolution_unit(tiny_base) == 32 and resolution_unit(None) == 64
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

@@ -16,7 +16,7 @@ from conftest import make_faces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.base_model import find_tokenizer
+from training.base_model import load_tokenizer
 from training.captions import MAX_VARIANTS, kind_of, packs, shuffles, split_tags, tidy_tags
 from training.denoising import draw_batch, validate
 from training.encoding import EncodedDataset
@@ -27,7 +27,7 @@ SENTENCES = ["A girl smiles.", "Her hair is long, and dark", "She wears round gl
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return find_tokenizer(str(ROOT / "demo" / "base"))
+    return load_tokenizer(ROOT / "demo" / "base")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from conftest import exported, run
 import train_manga_lora as trainer
 from evaluation import pictures, score
 from training import encoding
-from training.base_model import BaseModelError, load_text_encoder
+from training.base_model import load_text_encoder
+from training.bases import BaseModelError
 
 CPU = torch.device("cpu")
 TEXTS = ["a manga face", "", "sharp eyes, long hair"]

@@ -23,7 +23,7 @@ import dataset as dataset_module
 from dataset import MangaFaceDataset
 from training import cache as cache_module
 from training import encoding, pictures
-from training.base_model import find_tokenizer, load_text_encoder, load_vae
+from training.base_model import load_text_encoder, load_tokenizer, load_vae
 from training.cache import HEADER, Cache
 from training.encoding import encode_faces, encode_texts, folder_identity
 from training.files import InputError, Stop
@@ -558,7 +558,7 @@ def test_an_image_on_which_the_decoder_trips_is_skipped_too(tmp_path, monkeypatc
 
 
 def test_the_report_names_what_is_cut_and_why_a_face_is_heavy(tmp_path, tiny_base):
-    tokenizer = find_tokenizer(str(tiny_base))  # one token per character: 75 of them are read
+    tokenizer = load_tokenizer(tiny_base)  # one token per character: 75 of them are read
     captions = ["x" * 75 + "lost", "y" * 75, *["long hair, manga"] * 16, "heterochromia, manga"]
     faces = make_faces(tmp_path, captions, validation_share=0, weight_max=3.0)
     report = faces.report(tokenizer)

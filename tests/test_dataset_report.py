@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 import train_manga_lora as trainer
 from dataset import MangaFaceDataset
 from training import dataset_report, files
-from training.base_model import find_tokenizer
+from training.base_model import load_tokenizer
 from training.dataset_report import dataset_page, dataset_warnings, write_dataset_report
 from training.folder import check_output_folder, start_folder
 
@@ -72,7 +72,7 @@ def texts(made, steps=1000) -> list[str]:
 
 
 def page_of(made, steps=1000) -> str:
-    tokenizer = find_tokenizer(made[1].pretrained_model)
+    tokenizer = load_tokenizer(Path(made[1].pretrained_model))
     made[0].make_texts(tokenizer)
     return dataset_page(made[0], tokenizer, made[1], steps)
 

@@ -1,15 +1,20 @@
 """One optimizer step: what it draws, its loss, its gradient, alone and over processes."""
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, metrics, run, small_config
 
 import train_manga_lora as trainer
 from dataset import MangaFaceDataset
 from lora_layers import inject_lora, lora_modules, lora_parameters
 from training import denoising
 from training.base_model import load_unet
+from training.bases import BaseModelError
 from training.encoding import EncodedDataset
 from training.fused import fuse_lora
 
@@ -191,3 +196,72 @@ def test_timesteps_are_stratified_and_captions_come_from_the_face(precise):
     variants = sum(1 / len(dataset.text_indices[face]) for face in window.faces.tolist()) / 8
     assert abs(last / 1600 - 0.9 * variants) < 0.04
     assert (denoising.draw_batch(dataset, range(50), 0, 0, LATENT_SHAPE, 1000, 0.0).texts > 0).all()
+
+
+# What a base predicts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_base_as(tmp_path_factory):
+    """The demo's base, with other values in its scheduler's config: it really predicts the noise."""
+
+    def make(**changes):
+        folder = tmp_path_factory.mktemp("declared") / "base"
+        shutil.copytree(ROOT / "demo" / "base", folder)
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("share", [0.1, 0.0], ids=["held out", "none held out"])
+def test_a_base_that_declares_the_wrong_prediction_type_is_stopped_before_step_one(
+    demo_base_as, tmp_path, faces, share
+):
+    base = demo_base_as(prediction_type="v_prediction")
+    config = small_config(tmp_path, faces, base, validation_share=share, early_stopping_patience=0)
+    with pytest.raises(BaseModelError) as caught:
+        run(config)
+    file = base / "scheduler" / "scheduler_config.json"
+    assert f'in {file} set "prediction_type": "epsilon" instead of "v_prediction"' in str(caught.value)
+    assert metrics(config) == [] and not Path(config.output_dir, "checkpoints").exists()
+    shutil.copytree(ROOT / "demo" / "base" / "scheduler", base / "scheduler", dirs_exist_ok=True)  # as it says
+    assert run(config, num_train_epochs=1)["steps"] > 0
+
+
+def test_a_base_that_predicts_nothing_is_warned_of_once_and_the_demo_s_is_not(tmp_path, faces, tiny_base, capsys):
+    run(small_config(tmp_path / "random", faces, tiny_base, num_train_epochs=2))
+    assert capsys.readouterr().out.count("This base hardly predicts these faces") == 1
+    run(small_config(tmp_path / "demo", faces, ROOT / "demo" / "base", num_train_epochs=1))
+    assert "hardly predicts" not in capsys.readouterr().out
+
+
+def test_v_prediction_with_zero_terminal_snr_has_its_formulas_target_and_trains_and_draws(
+    demo_base_as, tmp_path, faces
+):
+    """At the last timestep nothing of the picture is left, and v is minus the picture (Lin et al. 2023)."""
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    base = demo_base_as(**changes)
+    _, scheduler = load_unet(base, CPU, torch.float64)
+    assert scheduler.alphas_cumprod[-1] < 1e-8
+    latents, noise = (torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=denoising.seeded(n)) for n in (1, 2))
+    seen = {}
+
+    def unet(noisy, timesteps, text, return_dict):
+        seen["noisy"] = noisy
+        return (torch.zeros_like(noisy),)
+
+    text, timesteps = torch.zeros(2, 77, 16, dtype=torch.float64), torch.tensor([999, 500])
+    losses = denoising.denoising_losses(unet, scheduler, latents, text, timesteps, noise)
+    a = scheduler.alphas_cumprod.double()[timesteps].sqrt()[:, None, None, None]
+    sigma = (1 - scheduler.alphas_cumprod.double()[timesteps]).sqrt()[:, None, None, None]
+    assert torch.allclose(seen["noisy"], a * latents + sigma * noise, atol=1e-6)
+    assert torch.allclose(losses, (a * noise - sigma * latents).square().mean(dim=(1, 2, 3)), atol=1e-5)
+    assert torch.allclose(losses[0], latents[0].square().mean(), atol=1e-3)
+    pictures = {"sample_prompts": ("a face",), "samples_per_prompt": 1, "sample_steps": 2}
+    config = small_config(tmp_path, faces, demo_base_as(**changes), num_train_epochs=1, **pictures)
+    with pytest.MonkeyPatch.context() as patch:  # these weights predict the noise: as if they were trained on v
+        patch.setattr("training.denoising.BAD_LOSS", 1e9)
+        run(config)
+    assert Path(config.output_dir, "before_after.png").is_file()

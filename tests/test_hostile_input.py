@@ -30,13 +30,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_bad_input import GOOD, check_captions_refused, check_refused, exit_of, flags, run, snapshot
+from test_bad_input import DEMO_BASE, GOOD, check_captions_refused, check_refused, exit_of, flags, run, snapshot
 
 import evaluate_lora
 from dataset import MangaFaceDataset
 from lora_layers import inject_lora, load_lora_weights, lora_modules, save_lora_weights
 from train_manga_lora import FORMER
-from training.base_model import BaseModelError, load_unet, load_vae
+from training.base_model import load_unet, load_vae
+from training.bases import BaseModelError
 from training.encoding import encode_faces
 from training.files import InputError, write_atomic
 from training.layouts import MAX_CAPTION_BYTES
@@ -213,7 +214,7 @@ def test_a_name_that_leaves_the_folder_is_refused(script, traps, opened, name):
     entries = [GOOD, {"image_name": name, "captions": ["x"]}]
     (traps / "faces" / "modified_face_250.json").write_text(json.dumps(entries))
     del opened[:]
-    code, message = exit_of(script, flags(traps, "nowhere"))
+    code, message = exit_of(script, flags(traps, DEMO_BASE))
     check_nothing_outside_was_read(traps, opened)
     assert code == 2 and len(message.splitlines()) == 1 and message.isprintable(), message
     assert repr(name[:80]) in message and "faces" in message and "inside" in message
@@ -227,7 +228,7 @@ def test_an_odd_name_is_no_face_on_any_system_and_is_skipped_by_name(script, tra
     entries = [GOOD, {"image_name": name, "captions": ["x"]}]
     (traps / "faces" / "modified_face_250.json").write_text(json.dumps(entries))
     del opened[:]
-    assert exit_of(script, flags(traps, "nowhere", "--dry_run")) == (0, "")
+    assert exit_of(script, flags(traps, DEMO_BASE, "--dry_run")) == (0, "")
     check_nothing_outside_was_read(traps, opened)
     shown = name if len(name) <= 80 else f"{name[:80]}..."
     reason = (
@@ -241,7 +242,7 @@ def test_an_odd_name_is_no_face_on_any_system_and_is_skipped_by_name(script, tra
 @NAMES
 def test_names_that_a_terminal_would_obey_are_shown_escaped(script, place, capsys):
     shutil.copy(place / "faces" / "face1.png", place / "faces" / "\x1b]0;owned\x07\udcff.png")  # not even UTF-8
-    assert exit_of(script, flags(place, "nowhere", "--dry_run")) == (0, "")
+    assert exit_of(script, flags(place, DEMO_BASE, "--dry_run")) == (0, "")
     assert "Without an entry in modified_face_250.json: 1 (\\x1b]0;owned\\x07\\udcff.png)" in capsys.readouterr().out
 
 
@@ -289,7 +290,7 @@ def test_a_huge_caption_file_is_refused_without_being_read(script, place, size):
     file = place / "faces" / "modified_face_250.json"
     file.write_bytes(b"[")
     os.truncate(file, size)  # takes no space
-    code, message = exit_of(script, flags(place, "nowhere"))
+    code, message = exit_of(script, flags(place, DEMO_BASE))
     assert code == 2 and message.startswith("json_file='faces/modified_face_250.json' is larger than 64 MiB: set")
     assert {path.name for path in place.iterdir()} == {"faces"}
 
@@ -331,7 +332,7 @@ def test_no_caption_file_whatsoever_is_a_traceback(script, small_faces, tmp_path
     @given(written | cut | st.binary())
     def check(content):
         (tmp_path / "faces" / "modified_face_250.json").write_bytes(content)
-        code, message = exit_of(script, flags(tmp_path, "nowhere", "--dry_run"))
+        code, message = exit_of(script, flags(tmp_path, DEMO_BASE, "--dry_run"))
         outcomes[code] += 1  # any other is a KeyError
         assert code == 0 or ("face" in message and len(message.splitlines()) == 1 and len(message) < 600), message
 
@@ -460,7 +461,7 @@ def check_skipped(script, place: Path, content: bytes, suffix: str, *words: str)
     (place / "faces" / f"bad{suffix}").write_bytes(content)
     bad = {"image_name": "bad", "captions": ["x"]}
     (place / "faces" / "modified_face_250.json").write_text(json.dumps([bad]))
-    check_refused(script, place, flags(place, "nowhere"), "no usable face", "1 skipped", f"bad{suffix}: ", *words)
+    check_refused(script, place, flags(place, DEMO_BASE), "no usable face", "1 skipped", f"bad{suffix}: ", *words)
     (place / "faces" / "modified_face_250.json").write_text(json.dumps([bad, GOOD]))
     faces = MangaFaceDataset("faces", "faces/modified_face_250.json", 8)
     assert [sample.name for sample in faces.faces] == ["face0"] and len(faces.skipped) == 1

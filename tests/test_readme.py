@@ -150,7 +150,7 @@ def test_there_are_commands_to_check():
 
 
 def test_inference_snippet_is_the_originals_but_for_the_model_id():
-    from training.base_model import MIRRORS
+    from training.bases import MIRRORS
 
     gone = "runwayml/stable-diffusion-v1-5"
     assert ORIGINAL_SNIPPET.replace(gone, MIRRORS[gone]) in fences("README.md", "python")

@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import MUCH_CUT, MangaFaceDataset
-from training.base_model import CONFIGS, find_base
-from training.files import InputError, write_atomic
+from training.bases import BaseModelError, Unreachable, check_weights, find_configs, single_file
+from training.files import write_atomic
 from training.folder import PAGE
 from training.layouts import shown, some_of
 from training.pictures import load_image
@@ -84,27 +84,16 @@ def _of_the_whole(dataset: MangaFaceDataset, config, steps: int) -> list[str]:
 
 
 def _base_trouble(pretrained_model: str) -> str:
-    """Why the base can't be read, as far as a look at its files tells; "" if it can."""
-    from huggingface_hub import try_to_load_from_cache
-    from safetensors import SafetensorError, safe_open
-
+    """Why the base can't be used, as far as a look at its files tells; "" if it can."""
     name, base = shown(pretrained_model), Path(pretrained_model)
     try:
-        if not base.is_dir():
-            cached = [try_to_load_from_cache(pretrained_model, file) for file in CONFIGS]
-            if not all(isinstance(file, str) for file in cached):
-                return f"The base {name!r} is not on this machine: whether it can be downloaded is not known yet"
-            base = Path(cached[0]).parent.parent
-        find_base(str(base))
-        for part in ("unet", "vae", "text_encoder"):
-            weights = [*base.glob(f"{part}/*.safetensors"), *base.glob(f"{part}/*.bin")]
-            if not weights:
-                return f"The base {name!r} can't be read: {part} has no weights"
-            for file in (file for file in weights if file.suffix == ".safetensors"):
-                with safe_open(file, "pt"):
-                    pass
-    except (InputError, OSError, ValueError, SafetensorError) as error:
-        return f"The base {name!r} can't be read: {shown((str(error).splitlines() or ['damaged'])[0])}"
+        find_configs(pretrained_model)
+        if base.is_dir() and not single_file(pretrained_model):
+            check_weights(base)
+    except Unreachable:
+        return f"The base {name!r} is not on this machine and can't be downloaded: no text's length is known"
+    except BaseModelError as error:
+        return f"The base {name!r} can't be read: {shown(str(error))}"
     return ""
 
 

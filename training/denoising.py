@@ -10,14 +10,17 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from dataset import MangaFaceDataset
+from training.bases import BaseModelError
 from training.encoding import EncodedDataset, send
 
 VALIDATION_STRATA = 8  # timesteps per held-out face
+BAD_LOSS = 0.5  # of a base before training, as a share of predicting 0; Stable Diffusion has about 0.1
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ def validate(
     seed: int,
     process: tuple[int, int] = (0, 1),
     is_stopping: Callable[[], bool] = lambda: False,
+    faces: list[int] | None = None,
 ) -> tuple[float, float] | None:
     """(mean, its standard error) of the denoising loss over the held-out faces, the same noise every time.
 
@@ -194,13 +198,15 @@ def validate(
     Args:
         process: (rank, number of processes): each takes its share of the faces.
         is_stopping: asked before each face; once it says yes, None is returned.
+        faces: others than those held out.
     """
-    device, count = encoded.device, len(dataset.validation)
+    faces = faces or dataset.validation
+    device, count = encoded.device, len(faces)
     of_faces = torch.zeros(count, dtype=torch.float64)
     for position in range(process[0], count, process[1]):
         if is_stopping():
             return None
-        face, generator = dataset.validation[position], seeded(seed, 4, position)
+        face, generator = faces[position], seeded(seed, 4, position)
         strata = torch.arange(VALIDATION_STRATA) + torch.rand(VALIDATION_STRATA, generator=generator)
         timesteps = (strata / VALIDATION_STRATA * scheduler.config.num_train_timesteps).long().to(device)
         mean, _ = encoded.posteriors([face])
@@ -213,3 +219,33 @@ def validate(
     sum_over_processes(of_faces)
     of_faces = of_faces.cpu().double()
     return of_faces.mean().item(), (of_faces.std() / math.sqrt(count)).item()
+
+
+def check_prediction(validate_with: Callable, scheduler, loss: float, base: Path, log: Callable) -> None:
+    """Is the base what its scheduler's config says, one that predicts the noise, or v? Told before the first step.
+
+    Declared wrongly, it would seem to train, and never draw anything. A loss is held against that of predicting 0,
+    which for the noise is 1, for v less.
+
+    Args:
+        validate_with(scheduler, unet=None): what validate() finds with another one.
+        loss: what it found of the base as it is.
+
+    Raises BaseModelError: the other prediction_type fits, this one doesn't.
+    """
+
+    def zero(noisy_latents, *_, **__) -> tuple[torch.Tensor]:
+        return (torch.zeros_like(noisy_latents),)
+
+    declared = scheduler.config.prediction_type
+    other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[declared]
+    guess = validate_with(scheduler, zero)
+    if not guess or not loss > BAD_LOSS * guess[0]:
+        return
+    another = type(scheduler).from_config(scheduler.config, prediction_type=other)
+    found = [validate_with(another), validate_with(another, zero)]
+    if all(found) and (share := found[0][0] / found[1][0]) < min(BAD_LOSS, loss / guess[0] / 2):
+        why = f"the base predicts something else than it says (error {loss / guess[0]:.0%}, with the other {share:.0%})"
+        remedy = f'"prediction_type": "{other}" instead of "{declared}"'
+        raise BaseModelError(f"{why}: in {base / 'scheduler' / 'scheduler_config.json'} set {remedy}")
+    log(f"This base hardly predicts these faces (error {loss / guess[0]:.0%}): is it whole, and the right one?")

@@ -13,6 +13,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
+from training.bases import single_file
 from training.captions import MAX_TAG_WORDS, are_tags, split_tags
 from training.files import Stop
 
@@ -33,14 +34,14 @@ def run_start(kept: int | None = None) -> int:
 
 def base_name(config) -> str:
     """The last part of pretrained_model, for the rest may be a private path; DEMO for the embedded base."""
-    path = Path(config.pretrained_model).resolve()
+    path = (single_file(config.pretrained_model) or Path(config.pretrained_model)).resolve()
     return DEMO if path == Path(__file__).resolve().parent.parent / DEMO else path.name
 
 
 def base_hash(config, base: Path) -> str | None:
     """A1111's short hash of the base's single file, or of a diffusers folder's UNet; None without either."""
-    for file in (Path(config.pretrained_model), *sorted(base.glob("unet/diffusion_pytorch_model*"))):
-        if file.is_file():
+    for file in (single_file(config.pretrained_model), *sorted(base.glob("unet/diffusion_pytorch_model*"))):
+        if file is not None:
             with open(file, "rb") as opened:
                 return hashlib.sha256(opened.read(2**20 + 2**16)[2**20 :]).hexdigest()[:8]
 

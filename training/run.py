@@ -122,7 +122,7 @@ class Run:
 
         Raises Stop(3): the disk can't hold what the run may write.
         """
-        self.waits, self.resumed_from_step = True, state.step
+        self.waits, self.resumed_from_step, self.base = True, state.step, base
         if self.is_main:
             folder.check_space(self.output, parameters, self.config)
             about = {"base": str(base.resolve()), "torch": torch.__version__, "device": str(self.device)}
