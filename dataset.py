@@ -183,6 +183,7 @@ class MangaFaceDataset:
         terms: of each training face, what decided on its weight: see strongest_terms().
         weights: float64, one per training face, mean 1 (all alike with weighting "off", but for repeats).
         fingerprint: hash of every pixel file and caption as it was written; a run can only be resumed on the same data.
+        hashes: the same of each face, short, by name.
         alike: groups of faces that are nearly the same picture.
         texts: every text that may be drawn, each once; texts[0] is "" (caption dropout).
         text_indices: of each face, which texts a draw chooses among: its captions, shuffles of tags, packs.
@@ -220,7 +221,8 @@ class MangaFaceDataset:
         self.skipped: list[str] = []  # one line per face that can't be used
         faces = self._read_faces(max(1, num_workers))
         content = [(face.name, face.sha256, face.captions, *[face.repeats] * (face.repeats > 1)) for face in faces]
-        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()  # noqa: E731
+        self.fingerprint, self.hashes = digest(content), {face[0]: digest(face)[:16] for face in content}
         self.kind = kind_of([face.captions for face in faces])
         if self.kind != "sentences":
             faces = [replace(face, captions=tidy_tags(face.captions, self.kind)) for face in faces]

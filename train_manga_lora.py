@@ -37,6 +37,7 @@ class TrainingConfig:
     lora_name: str = "manga_faces"  # of the LoRA in UIs, and of its files in OUTPUT/share
 
     pretrained_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, .safetensors, .ckpt or folder
+    start_from: str = ""  # a LoRA file to go on from, of the same rank; "" = a new one
     clip_skip: int = 1  # layer of the text encoder, from its last; NAI-derived anime bases want 2
     resolution: int = 512  # pixels a side of a square picture; a multiple of 64 for SD1.5
     framing: str = "buckets"  # each picture keeps its shape, at about resolution^2 pixels; "square": its centre square
@@ -114,7 +115,7 @@ MAY_CHANGE_ON_RESUME |= {"guidance_scale", "num_workers", "output_dir", "cache_d
 MAY_CHANGE_ON_RESUME |= {"lora_name", "private_captions"}
 # What a constant that a folder's config.json lacks stands for: how the version that wrote it behaved
 FORMER = {"framing": "square", "trim_frames": False, "shuffle_tags": False, "keep_tags": 1, "trigger_word": ""}
-FORMER |= {"clip_skip": 1, "lora_name": "manga_faces", "private_captions": False}
+FORMER |= {"clip_skip": 1, "lora_name": "manga_faces", "private_captions": False, "start_from": ""}
 MAX_BAD_STEPS = 20  # this many non-finite steps in a row are a divergence, not a loss scale that is still settling
 NOTHING_EXPORTED = "Nothing was exported, the last checkpoint stands: lower learning_rate"
 
@@ -258,7 +259,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         dataset = MangaFaceDataset.from_config(config, bases.resolution_unit(configs))
 
         # Is there a run in the folder already?
-        run.open(config, dataset.fingerprint)
+        run.open(config, dataset)
         if run.is_finished:
             return run.finished_summary()
         state = TrainingState.of_new_run(config, len(dataset), run.world, run.fingerprint)

@@ -312,10 +312,12 @@ def test_another_runs_output_folder_is_refused_with_all_that_differs(script, pla
 
     config = script.parse_arguments(flags(place, tiny_base))
     faces = script.MangaFaceDataset("faces", "faces/modified_face_250.json", 64)
-    run = {"constants": dataclasses.asdict(config), "data": faces.fingerprint, "processes": 1, "precision": "no"}
+    run = {"constants": dataclasses.asdict(config), "data": faces.fingerprint, "faces": faces.hashes}
+    run |= {"processes": 1, "precision": "no", "start": None}
     start_folder(place / "out", run, 0, "new")
     (place / "out" / "checkpoints" / "step-000001").mkdir(parents=True)  # something to lose
     (place / "faces" / "face3.png").unlink()
+    shutil.copy(place / "faces" / "face1.png", place / "faces" / "face2.png")
     given = flags(place, tiny_base, "--lora_rank", "8", "--learning_rate", "1e-3", "--num_workers", "1")
     before = snapshot(place)
     code, message = exit_of(script, given)
@@ -324,7 +326,8 @@ def test_another_runs_output_folder_is_refused_with_all_that_differs(script, pla
         "output_dir='out'",
         "lora_rank was 16, is 8",
         "learning_rate was 5e-05, is 0.001",
-        "data was",
+        "faces gone: 1 (face3), changed: 1 (face2)",
+        f"--start_from {Path('out', 'last', 'pytorch_lora_weights.safetensors')} in another output_dir",
         "--overwrite",
     ):
         assert words in message

@@ -119,7 +119,7 @@ class TrainingState:
 def fingerprint_of(run: dict, may_change: set[str]) -> str:
     """Hash of all that a resumed run may not change: a checkpoint says whose it is. run: as in config.json."""
     constants = {name: value for name, value in run["constants"].items() if name not in may_change}
-    fixed = [constants, run["data"], run["processes"], run["precision"]]
+    fixed = [constants, run["data"], run["processes"], run["precision"], run["start"]]
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from training.checkpoint import LORA_FILES, CheckpointError
 from training.files import TEMPORARY, Stop, write_atomic
+from training.layouts import some_of
 
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
 PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
@@ -31,7 +32,7 @@ PRODUCTS += (
 )  # --overwrite deletes all
 # After the end of a run these, if changed, go on from it, or export it anew
 GO_ON = {"num_train_epochs", "early_stopping_patience", "lora_name", "private_captions"}
-ABOUT = ("data", "processes", "precision")  # in config.json besides the constants
+ABOUT = ("data", "processes", "precision", "start")  # in config.json besides the constants; start: of start_from
 LOCK = ".lock"
 
 
@@ -49,7 +50,8 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
         return "new"
     try:
         before = json.loads((output / "config.json").read_text(encoding="utf-8"))
-        before = former | dict(before["constants"]) | {name: before.get(name) for name in ABOUT}
+        faces, about = before.get("faces"), {name: before.get(name) for name in ABOUT}
+        before = former | dict(before["constants"]) | about
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         why = "is not empty and holds no run of this program"
         raise CheckpointError(f"{where} {why}: choose another output_dir") from None
@@ -60,10 +62,22 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
     now = json.loads(json.dumps(run["constants"] | {name: run[name] for name in ABOUT}))  # tuples become lists
     changed = {name: value for name, value in now.items() if value != before.get(name)}
     if forbidden := changed.keys() - may_change:
-        listed = "; ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if name in forbidden)
+        differing = {name: f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if name in forbidden}
         remedy = "set this back, choose another output_dir, or start anew with --overwrite"
-        raise CheckpointError(f"{where} holds another run ({listed}): {remedy}")
+        if "data" in forbidden and isinstance(faces, dict):
+            differing["data"] = _changed_faces(faces, run["faces"])
+            remedy += f"; --start_from {output / 'last' / LORA_FILES[1]} in another output_dir goes on with these faces"
+        raise CheckpointError(f"{where} holds another run ({'; '.join(differing.values())}): {remedy}")
     return "resume" if changed.keys() & GO_ON or not _is_finished(output) else "finished"
+
+
+def _changed_faces(before: dict[str, str], now: dict[str, str]) -> str:
+    """What became of the faces, by their hashes."""
+    both = before.keys() & now.keys()
+    changed = {name for name in both if before[name] != now[name]}
+    names = {"new": now.keys() - both, "gone": before.keys() - both, "changed": changed}
+    told = ", ".join(f"{what}: {some_of(sorted(found))}" for what, found in names.items() if found)
+    return f"faces {told or 'in another order'}"
 
 
 def _is_finished(output: Path) -> bool:

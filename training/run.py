@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from training import folder
 from training.checkpoint import fingerprint_of
-from training.files import Interrupted
+from training.files import InputError, Interrupted, sha256_of
 
 
 class Run:
@@ -92,14 +92,20 @@ class Run:
 
     # The folder
 
-    def open(self, config, data_fingerprint: str) -> None:
+    def open(self, config, dataset) -> None:
         """Find out what a start in the output folder means, and lock it. `config` as resolved by now.
 
-        Raises CheckpointError: it holds something else, or another run, or one that is at work.
+        Raises:
+            CheckpointError: it holds something else, or another run, or one that is at work.
+            InputError: the file to start from is not there.
         """
         self.config = config
-        self.about = {"constants": dataclasses.asdict(config), "data": data_fingerprint}
-        self.about |= {"processes": self.world, "precision": self.precision}
+        self.about = {"constants": dataclasses.asdict(config), "data": dataset.fingerprint, "faces": dataset.hashes}
+        self.about |= {"processes": self.world, "precision": self.precision, "start": None}
+        if config.start_from:
+            if not Path(config.start_from).is_file():
+                raise InputError(f"start_from={config.start_from!r} is no file: name the LoRA to go on from")
+            self.about["start"] = sha256_of(config.start_from)
         self.fingerprint = fingerprint_of(self.about, self.may_change)
         if config.dry_run:
             return
