@@ -1,13 +1,17 @@
-"""Score a finished LoRA: pictures of a fixed set of prompts and seeds, from base and LoRA, against the training faces.
+"""Score a LoRA: pictures of a fixed set of prompts and seeds, from base and LoRA, against the training faces.
 
-    python evaluate_lora.py --lora demo_output
+    python evaluate_lora.py --lora demo_output                        a finished training, as it was scored at its end
+    python evaluate_lora.py --lora demo_output/candidates/epoch-010   or a file or folder in it
+    python evaluate_lora.py --lora theirs.safetensors --dataset_dir my_faces --pretrained_model their_base
+    python evaluate_lora.py --lora run_a run_b theirs.safetensors     one table, on equal terms
 
-The exported file is loaded into a fresh diffusers pipeline, as a user would, so what is measured here is what anybody
-gets from it; the live model of the training is not involved. Needs no download and no other model. Writes scores.json
-and before_after.png beside the LoRA, and prints the table that docs/how_it_works.md explains.
+Any LoRA that diffusers can load will do: kohya's layout, with modules in the text encoder and elsewhere, too,
+diffusers' own, PEFT's. Each is loaded into a fresh diffusers pipeline, so what is measured is what anybody gets from
+it. Needs no download and no other model if the base is here. Faces, base and all other settings are those of the first
+training among the paths, from its config.json; if there is none, those at the top of train_manga_lora.py. Flags go
+over both. docs/how_it_works.md explains the table.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,17 +28,39 @@ if __name__ == "__main__":
 
 import torch
 
+import train_manga_lora as trainer
 from dataset import MangaFaceDataset
+from evaluation import compare
 from evaluation.score import Evaluation
-from train_manga_lora import FORMER, TrainingConfig, check_config
+from train_manga_lora import DEMO, FORMER, TrainingConfig, check_config
+from training.arguments import flag_parser, with_flags
 from training.base_model import load_tokenizer
-from training.bases import find_base, resolution_unit
-from training.checkpoint import LORA_FILES
+from training.bases import check_fits, find_base, find_configs, resolution_unit, use_mirror
+from training.lora_files import find_lora, read_lora
+
+# The constants that a score depends on, or that its making needs: these are flags here
+SETTINGS = ("dataset_dir", "json_file", "pretrained_model", "clip_skip", "resolution", "framing", "trim_frames")
+SETTINGS += ("trigger_word", "validation_share", "sample_prompts", "samples_per_prompt", "sample_steps")
+SETTINGS += ("guidance_scale", "seed", "num_workers", "cache_dir", "demo")
 
 
-def read_run(folder: Path) -> tuple[TrainingConfig, str, Path]:
-    """(config, data fingerprint, base) of a finished training, checked as it checked them: the file may be foreign.
+def find_run(path: Path) -> Path | None:
+    """The folder of the training that a path is or lies in: OUTPUT, OUTPUT/last, OUTPUT/candidates/epoch-010/a.bin."""
+    if (path / "config.json").is_file():
+        return path
+    for folder in list(path.absolute().parents)[:3]:
+        try:
+            if "constants" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+                return folder
+        except (OSError, ValueError, TypeError, RecursionError):  # none, or some other program's
+            continue
+    return None
 
+
+def read_run(folder: Path, given: dict) -> tuple[TrainingConfig, str, Path | None]:
+    """(config with the flags given, data fingerprint, base) of a training, checked: the file may be foreign.
+
+    The base is None if a flag names another.
     Raises InputError: it is damaged, or names what isn't here any more.
     """
     file = folder / "config.json"
@@ -42,38 +68,86 @@ def read_run(folder: Path) -> tuple[TrainingConfig, str, Path]:
         run = json.loads(file.read_text(encoding="utf-8"))
         prompts = tuple(run["constants"]["sample_prompts"])
         config = TrainingConfig(**FORMER | run["constants"] | {"sample_prompts": prompts})
+        config = with_flags(config, given, DEMO if given.get("demo") else {})
         check_config(config)
         base = Path(run["base"])
     except Stop as stop:
-        raise InputError(f"{file}: {stop}") from None
+        raise InputError(str(stop) if str(stop).split("=")[0] in given else f"{file}: {stop}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{file} is not that of a finished training ({error!r:.80}): train again") from None
-    if not base.is_dir():  # nothing is downloaded at a file's word
-        raise InputError(f"{file}: base={run['base']!r} is no folder any more: train again, with --overwrite")
+    if "pretrained_model" in given or "demo" in given:
+        return config, str(run.get("data")), None
+    if not base.is_dir():  # nothing is downloaded at a file's word, but a single file may have to be converted again
+        if Path(config.pretrained_model).exists():
+            return config, str(run.get("data")), None
+        remedy = "name it as --pretrained_model, or train again, with --overwrite"
+        raise InputError(f"{file}: base={run['base']!r} is no folder any more: {remedy}")
     return config, str(run.get("data")), find_base(str(base), config.cache_dir)
 
 
+def settings(paths: list[Path], given: dict) -> tuple[TrainingConfig, str | None, Path | None, str]:
+    """(config, data fingerprint or None, base or None, whose they are): see the docstring at the top."""
+    run = next((folder for folder in map(find_run, paths) if folder), None)
+    if run:
+        config, data, base = read_run(run, given)
+        return config, None if given.keys() & {"dataset_dir", "json_file", "demo"} else data, base, str(run)
+    config = with_flags(TrainingConfig(), given, DEMO)
+    if "dataset_dir" not in given and not Path(config.dataset_dir).is_dir():
+        remedy = "name the faces to hold it against, --dataset_dir FOLDER, and its base, --pretrained_model"
+        raise InputError(f"--lora {paths[0]} lies in no training's folder: {remedy}")
+    check_config(config)
+    return use_mirror(config, print), None, None, "train_manga_lora.py"
+
+
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lora", required=True, metavar="FOLDER", help="output folder of a finished training")
-    folder = Path(parser.parse_args(arguments).lora)
-    lora_file = folder / LORA_FILES[-1]
-    if not (folder / "config.json").is_file() or not lora_file.is_file():
-        raise InputError(f"--lora {folder} holds no finished training: run train_manga_lora.py first")
-    config, data, base = read_run(folder)
-    dataset = MangaFaceDataset.from_config(config, resolution_unit(base))
-    if dataset.fingerprint != data:
+    parser = flag_parser(TrainingConfig, trainer.__file__, __doc__, SETTINGS)
+    parser.names += ("lora", "to")
+    what = "a training's folder, a folder or file in it, or any LoRA's"
+    parser.add_argument("--lora", nargs="+", required=True, type=Path, metavar="PATH", help=what)
+    where = "folder for scores.json and before_after.png [a training's own, if it is scored alone and as it was]"
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help=where)
+    given = vars(parser.parse_args(arguments))
+    paths, to = list(dict.fromkeys(given.pop("lora"))), given.pop("to")
+    if to is None and not given and len(paths) == 1 and (paths[0] / "config.json").is_file():
+        to = paths[0]
+    elif to and (to.is_file() or (to / "config.json").exists()):
+        raise InputError(f"--to {to} is a file or a training's folder: choose another")
+
+    # The files, the settings, the base's configs, the faces: what is wrong is said before any weights are downloaded
+    files = {str(path): find_lora(path) for path in paths}
+    loras = {file: read_lora(file) for file in files.values()}
+    config, data, base, whose = settings(paths, given)
+    configs = base or find_configs(config.pretrained_model)
+    check_fits(config, configs)
+    dataset = MangaFaceDataset.from_config(config, resolution_unit(configs))
+    if data not in (None, dataset.fingerprint):
         why = f"the faces or captions in {config.dataset_dir} have changed since the training"
-        raise InputError(f"--lora {folder}: {why}, so a score would mean nothing: put them back")
+        remedy = "put them back, or name those to hold it against, --dataset_dir FOLDER"
+        raise InputError(f"--lora {whose}: {why}, so a score would mean nothing: {remedy}")
+    base = base or find_base(config.pretrained_model, config.cache_dir)
     dataset.make_texts(load_tokenizer(base))
-    evaluation = Evaluation(config, dataset, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(evaluation.write(folder, evaluation.judge(lora_file)))
+    print(f"Held against {len(dataset)} faces of {config.dataset_dir}, drawn on {base}; settings of {whose}")
+
+    evaluation = Evaluation(config, dataset, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"), loras)
+    scored = {name: evaluation.judge(file) for name, file in files.items()}
+    if len(scored) > 1:
+        print(compare.table(evaluation, scored))
+        if to:
+            compare.write(to, evaluation, scored)
+    else:
+        (score,) = scored.values()
+        if to:
+            to.mkdir(parents=True, exist_ok=True)
+        print(evaluation.write(to, score) if to else evaluation.table(score, evaluation.judge_held_out()))
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a face's name's characters is no reason to stop
     try:
         main(sys.argv[1:])
-    except (InputError, OSError) as error:
+    except (InputError, Stop) as error:
+        print(f"evaluate_lora.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
         print(f"evaluate_lora.py: {error}", file=sys.stderr)
         sys.exit(2)

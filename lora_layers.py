@@ -251,7 +251,7 @@ def save_lora_weights(unet: nn.Module, path, dtype=torch.float16, metadata: dict
 
     def check(written: Path) -> None:
         try:
-            saved = _read_tensors(written, path.suffix)
+            saved = read_tensors(written, path.suffix)
         except ValueError as error:
             raise LoRASelfCheckError(f"{path} cannot be read back: {error}") from error
         live = lora_state_dict(unet, dtype)
@@ -297,7 +297,7 @@ def read_lora_weights(unet: nn.Module, path: str | os.PathLike) -> tuple[dict[st
     path, projections = _checked_suffix(path), _projections(unet)
 
     # the right keys
-    state = _read_tensors(path, path.suffix)
+    state = read_tensors(path, path.suffix)
     ends = ("lora_down.weight", "lora_up.weight", "alpha")
     keys = {f"{name}.{end}" for name in projections for end in ends}
     if differing := sorted(state.keys() ^ keys):
@@ -444,7 +444,8 @@ def _checked_suffix(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def _read_tensors(path: Path, suffix: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, suffix: str) -> dict[str, Tensor]:
+    """What is in a file, read as one of this suffix. Raises ValueError: it is damaged, or not tensors by name."""
     try:
         content = path.read_bytes()  # not mapped: Windows cannot rename a mapped file
         if suffix == ".safetensors":
@@ -455,5 +456,6 @@ def _read_tensors(path: Path, suffix: str) -> dict[str, Tensor]:
     except Exception as error:  # whatever a damaged or hostile file makes the two parsers raise
         raise ValueError(f"{path}: cannot be read as a {suffix} file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: holds something other than tensors by name")
+        holds = ", ".join(map(str, state))[:60] if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path}: holds something other than tensors by name ({holds})")
     return state

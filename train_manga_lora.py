@@ -153,6 +153,7 @@ from training.dataset_report import dataset_warnings, write_dataset_report
 from training.denoising import Batch, check_prediction, draw_batch, one_late, read_later, sum_over_processes, validate
 from training.encoding import Data, EncodedDataset, encode
 from training.labels import labels_of
+from training.lora_files import read_start
 from training.memory import is_out_of_memory, plan_memory
 from training.model import Model, build_model, clip_and_step, compute_gradients, rehearse
 from training.run import Run
@@ -256,6 +257,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         with run.main_process_first():
             configs = bases.find_configs(config.pretrained_model, is_optional=config.dry_run)
         bases.check_fits(config, configs)
+        read_start(config)
         dataset = MangaFaceDataset.from_config(config, bases.resolution_unit(configs))
 
         # Is there a run in the folder already?

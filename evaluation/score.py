@@ -19,6 +19,7 @@ from lora_layers import read_lora_weights
 from training.base_model import load_text_encoder, load_unet, load_vae
 from training.encoding import encode_faces, encode_image, folder_identity
 from training.files import InputError, write_atomic
+from training.lora_files import fit, put_on
 from training.pictures import load_image
 
 MAX_FACES = 500  # training faces that pictures are held against
@@ -212,16 +213,18 @@ class Score:
 class Evaluation:
     """The base's pictures and the training faces, against which LoRA files can then be scored, one after another.
 
-    config and dataset are the run's, base is a diffusers folder.
+    config and dataset are the run's, base is a diffusers folder. loras: read_lora() of files by other programs, or of
+    other runs, which judge() then takes, too. Raises InputError: one doesn't fit the base.
     """
 
-    def __init__(self, config, dataset, base: Path, device: torch.device):
+    def __init__(self, config, dataset, base: Path, device: torch.device, loras: dict[Path, dict] | None = None):
         from diffusers.utils import logging
 
         logging.disable_progress_bar()
         dtype = torch.float16 if device.type == "cuda" else torch.float32
         tokenizer, text_encoder = load_text_encoder(base, device, config.clip_skip)
         unet, scheduler = load_unet(base, device, dtype)
+        self.loras = {file: fit(file, parts, unet, text_encoder) for file, parts in (loras or {}).items()}
         vae = load_vae(base, device)
         self.pipe = pictures.build_pipeline(vae, unet, scheduler, tokenizer, text_encoder.to(dtype))
         self.config, self.dataset = config, dataset
@@ -242,12 +245,15 @@ class Evaluation:
 
         Raises InputError: it is damaged, or doesn't fit the base; diffusers would take what fits, or nothing.
         """
-        try:
-            read_lora_weights(self.pipe.unet, lora_file)
-        except ValueError as error:
-            reason = str(error).splitlines()[0][:300]
-            raise InputError(f"{reason}: train it again, or name another folder") from None
-        self.pipe.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name, use_safetensors=True)
+        if lora_file in self.loras:
+            put_on(self.pipe, self.loras[lora_file])
+        else:
+            try:
+                read_lora_weights(self.pipe.unet, lora_file)
+            except ValueError as error:
+                reason = str(error).splitlines()[0][:300]
+                raise InputError(f"{reason}: train it again, or name another folder") from None
+            self.pipe.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name, use_safetensors=True)
         try:
             pixels = self._draw()
         finally:
@@ -281,10 +287,14 @@ class Evaluation:
         write_atomic(folder / "scores.json", json.dumps(scores, indent=1).encode())
         return self.table(lora, held_out)
 
+    def shown(self) -> range:
+        """Which of the pictures are on a sheet: the first of each prompt."""
+        prompts, each = len(self.config.sample_prompts), self.config.samples_per_prompt
+        return range(0, each * prompts, each) if prompts else range(min(8, self.portraits))
+
     def sheet(self, lora: Score) -> Image.Image:
         """Per prompt: the base's picture, the LoRA's, and the training face nearest to that."""
-        prompts, each = len(self.config.sample_prompts), self.config.samples_per_prompt
-        shown = range(0, each * prompts, each) if prompts else range(min(8, self.portraits))
+        shown = self.shown()
         nearest = [face_pixels(self.dataset, self.dataset.train[lora.features.nearest[number]]) for number in shown]
         base, own = self.of_base.features.pixels, lora.features.pixels
         rows = [[base[number], own[number], face] for number, face in zip(shown, nearest, strict=True)]

@@ -370,7 +370,10 @@ def test_without_a_data_set_it_answers_at_once_and_leads_to_the_demo(tmp_path):
     [
         (["--num_train_epoch", "3"], ["--num_train_epoch", "did you mean --num_train_epochs?"]),
         (["--resolution", "big"], ["--resolution", "'big'"]),
-        (["--json_file", "faces/broken.json"], ["broken.json, line 2", "Expecting"]),  # found by dataset.py
+        (  # found by dataset.py
+            ["--json_file", "faces/broken.json", "--pretrained_model", str(DEMO_BASE), "--resolution", "64"],
+            ["broken.json, line 2", "Expecting"],
+        ),
     ],
 )
 def test_on_the_command_line_bad_input_is_one_line_and_exit_code_two(place, arguments, words):

@@ -227,7 +227,7 @@ def test_a_base_that_declares_the_wrong_prediction_type_is_stopped_before_step_o
     assert f'in {file} set "prediction_type": "epsilon" instead of "v_prediction"' in str(caught.value)
     assert metrics(config) == [] and not Path(config.output_dir, "checkpoints").exists()
     shutil.copytree(ROOT / "demo" / "base" / "scheduler", base / "scheduler", dirs_exist_ok=True)  # as it says
-    assert run(config, num_train_epochs=1)["steps"] > 0
+    assert run(config, num_train_epochs=1)["optimizer_steps"] > 0
 
 
 def test_a_base_that_predicts_nothing_is_warned_of_once_and_the_demo_s_is_not(tmp_path, faces, tiny_base, capsys):

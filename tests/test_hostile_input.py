@@ -721,12 +721,12 @@ def test_a_run_of_a_former_version_is_scored_as_it_was_trained(finished, monkeyp
 
 
 @MODELS
-def test_evaluation_never_reads_the_bin(place, finished, capsys):
+def test_evaluation_never_runs_the_bin(place, finished, capsys):
     write_pickle(finished / "pytorch_lora_weights.bin", "torch.save")
     evaluate_lora.main(["--lora", "out"])
     assert "quality score" in capsys.readouterr().out and not (place / "executed").exists()
     (finished / "pytorch_lora_weights.safetensors").unlink()
-    check_evaluation_refused(place, "--lora out", "no finished training")
+    check_evaluation_refused(place, str(Path("out", "pytorch_lora_weights.bin")), "nothing in it was run")
 
 
 @MODELS

@@ -179,7 +179,7 @@ def test_evaluating_the_folder_draws_the_same_pictures_again(finished, capsys):
     assert colours[1:3] == [f"{summary['colourfulness_base']:.3f}", f"{summary['colourfulness_lora']:.3f}"]
     with open(os.path.join(config.output_dir, "before_after.png"), "rb") as file:
         assert file.read() == before
-    with pytest.raises(InputError, match="no finished training"):
+    with pytest.raises(InputError, match="holds no LoRA file"):
         evaluate_lora.main(["--lora", config.cache_dir])
 
 

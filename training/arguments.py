@@ -15,24 +15,29 @@ LORA_NAME = r"(?!(none|addams|con|prn|aux|nul|(com|lpt)[0-9¹²³]|.*pytorch_lor
 SHIPPED_JSON = "faces_dataset/modified_face_250.json"  # goes along with dataset_dir if that alone is edited
 
 
-def parse_arguments(arguments: list[str], constants: type, script: str, demo: dict):
-    """Flags over `demo` (if --demo is among them) over the defaults of the dataclass `constants`.
+class FlagParser(argparse.ArgumentParser):
+    """Raises Stop(2) at a bad flag, and names the one of `names` that may have been meant."""
 
-    script: the file that declares `constants`; its comments are the help texts, its docstring the program's.
-    Raises Stop(2): a flag is unknown or misspelt, or its value has the wrong type; names it.
+    names: tuple[str, ...] = ()
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1].replace("-", "_"), self.names, 1) if unknown else []
+        raise Stop(2, message + (f" (did you mean --{near[0]}?)" if near else "; --help lists all flags"))
+
+
+def flag_parser(constants: type, script: str, description: str = "", names=None) -> FlagParser:
+    """A parser with a flag for each constant, or for these `names` alone, which leaves out what isn't given.
+
+    script: the file that declares the dataclass `constants`; its comments are the help texts, its docstring the
+    program's if there is no other description.
     """
-    fields, source = dataclasses.fields(constants), Path(script).read_text(encoding="utf-8")
+    source = Path(script).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
-            names = [field.name for field in fields]
-            near = difflib.get_close_matches(unknown[1].replace("-", "_"), names, 1) if unknown else []
-            raise Stop(2, message + (f" (did you mean --{near[0]}?)" if near else "; --help lists all flags"))
-
-    description = source.split('"""')[1]
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    description, layout = description or source.split('"""')[1], argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=description, formatter_class=layout, allow_abbrev=False)
+    fields = [field for field in dataclasses.fields(constants) if names is None or field.name in names]
+    parser.names = tuple(field.name for field in fields)
     for field in fields:
         kind = {"help": f"{comments[field.name]} [{field.default}]".replace("%", "%%"), "default": argparse.SUPPRESS}
         if field.type is bool:
@@ -42,14 +47,26 @@ def parse_arguments(arguments: list[str], constants: type, script: str, demo: di
         else:
             kind |= {"type": field.type, "metavar": field.type.__name__.upper()}
         parser.add_argument(f"--{field.name}", **kind)
-    given = vars(parser.parse_args(arguments))
+    return parser
+
+
+def with_flags(config, given: dict, demo: dict):
+    """`config` with the flags that were given over `demo` (if it is asked for) over it."""
     if "sample_prompts" in given:
         given["sample_prompts"] = tuple(given["sample_prompts"])
-    in_folder = lambda folder: {"json_file": str(Path(folder) / Path(constants.json_file).name)}  # noqa: E731
-    edited = in_folder(constants.dataset_dir) if constants.json_file == SHIPPED_JSON else {}  # dataset_dir alone
+    in_folder = lambda folder: {"json_file": str(Path(folder) / Path(config.json_file).name)}  # noqa: E731
+    edited = in_folder(config.dataset_dir) if config.json_file == SHIPPED_JSON else {}  # dataset_dir alone
     if "dataset_dir" in given and "json_file" not in given:  # the caption file is looked for in the folder
         given |= in_folder(given["dataset_dir"])
-    return dataclasses.replace(constants(), **(edited | (demo if given.get("demo", constants.demo) else {}) | given))
+    return dataclasses.replace(config, **(edited | (demo if given.get("demo", config.demo) else {}) | given))
+
+
+def parse_arguments(arguments: list[str], constants: type, script: str, demo: dict):
+    """Flags over `demo` (if --demo is among them) over the defaults of the dataclass `constants` in `script`.
+
+    Raises Stop(2): a flag is unknown or misspelt, or its value has the wrong type; names it.
+    """
+    return with_flags(constants(), vars(flag_parser(constants, script).parse_args(arguments)), demo)
 
 
 def check_config(config) -> None:

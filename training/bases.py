@@ -9,8 +9,6 @@ import json
 import re
 from pathlib import Path
 
-import torch
-
 from training.files import InputError, rename_with_retries, temporary_beside
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -289,6 +287,8 @@ def _header(file: Path, what: str) -> dict[str, tuple[tuple, str]]:
 
 def _look_into(file: Path, wanted: str) -> dict[str, tuple[tuple, str]]:
     """{name: (shape, dtype)} of a checkpoint's tensors; of a pickle nothing is run. Raises BaseModelError."""
+    import torch  # here and below: the script's flags are checked before the seconds that this takes
+
     if file.suffix.lower() == ".safetensors":
         tensors = _header(file, wanted)
     else:
@@ -363,6 +363,7 @@ def _convert(file: Path, configs: Path, cache_dir: Path, log) -> Path:
     final = cache_dir / "bases" / f"{size}-{digest.hexdigest()[:32]}"
     if final.is_dir():
         return final
+    import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
     from transformers.utils import logging as more_logging

@@ -77,6 +77,8 @@ class Cache:
         barrier()
         if missing and (lost := self._missing([keys[index] for index in missing])):
             remedy = "leave cache_dir alone while a run encodes, then run the same command again"
+            if world > 1:
+                remedy += "; several machines need one cache_dir that all of them see"
             raise InputError(f"{len(lost)} {what} just written to {self.folder} are gone or damaged: {remedy}")
 
     def _missing(self, keys: list[str]) -> list[int]:

@@ -14,6 +14,7 @@ from training.denoising import Batch, accumulate_gradients, sum_over_processes
 from training.encoding import EncodedDataset
 from training.files import Stop
 from training.fused import fuse_lora
+from training.lora_files import start_from
 from training.memory import Plans
 
 
@@ -37,7 +38,8 @@ def build_model(config, base: Path, device: torch.device, dtype: torch.dtype, lo
     """The base's UNet, frozen, in `dtype`; LoRA on top of it in float32; AdamW and the loss scale.
 
     Raises:
-        BaseModelError: the base's UNet can't be loaded or isn't a text-to-image one.
+        BaseModelError: the base's UNet can't be loaded.
+        InputError: start_from is no LoRA to go on from.
         Stop(2): xformers is asked for, there, and broken.
     """
     unet, scheduler = load_unet(base, device, dtype)
@@ -49,6 +51,8 @@ def build_model(config, base: Path, device: torch.device, dtype: torch.dtype, lo
         inject_lora(unet, config.lora_rank, config.lora_alpha, use_xformers)
     except ImportError as error:
         raise Stop(2, str(error)) from None
+    if config.start_from:
+        log(start_from(unet, config))
     if not fuse_lora(unet):
         log("lora_layers.py has another formula than training/fused.py computes: yours is used, a little slower")
     weights = flatten_lora(unet)

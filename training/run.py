@@ -14,16 +14,20 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from tqdm import tqdm
 
 from training import folder
 from training.checkpoint import fingerprint_of
-from training.files import InputError, Interrupted, sha256_of
+from training.files import Interrupted, sha256_of
+
+# Longer than any process lets the others wait while it downloads the base or draws. NCCL would give up after 10 minutes
+PATIENCE = timedelta(hours=12)
 
 
 class Run:
@@ -66,7 +70,8 @@ class Run:
 
     def _find_devices(self) -> None:
         on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")  # precision is handled here
+        patience = [InitProcessGroupKwargs(timeout=PATIENCE)]
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=patience)  # precision: below
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.barrier, self.main_process_first = self.accelerator.wait_for_everyone, self.accelerator.main_process_first
@@ -95,16 +100,12 @@ class Run:
     def open(self, config, dataset) -> None:
         """Find out what a start in the output folder means, and lock it. `config` as resolved by now.
 
-        Raises:
-            CheckpointError: it holds something else, or another run, or one that is at work.
-            InputError: the file to start from is not there.
+        Raises CheckpointError: it holds something else, or another run, or one that is at work.
         """
         self.config = config
         self.about = {"constants": dataclasses.asdict(config), "data": dataset.fingerprint, "faces": dataset.hashes}
         self.about |= {"processes": self.world, "precision": self.precision, "start": None}
         if config.start_from:
-            if not Path(config.start_from).is_file():
-                raise InputError(f"start_from={config.start_from!r} is no file: name the LoRA to go on from")
             self.about["start"] = sha256_of(config.start_from)
         self.fingerprint = fingerprint_of(self.about, self.may_change)
         if config.dry_run:

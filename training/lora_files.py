@@ -1,0 +1,249 @@
+"""A LoRA by whichever program, read and recognised: kohya's layout, diffusers' old and new ones, PEFT's.
+
+file -> read_lora: {name: Part} -> fit: which layers of this base they are -> put_on: as diffusers does it itself
+                                -> start_from: into the LoRA to be trained
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from lora_layers import lora_modules, read_tensors
+from training.files import InputError
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+# One end of a layer's LoRA: kohya's x.lora_down.weight; x.lora.down.weight, x.processor.to_q_lora.down.weight and
+# x.lora_linear_layer.down.weight, diffusers'; PEFT's x.lora_A.weight and x.lora_A.default.weight
+END = re.compile(r"(.+?)[._]lora[._](?:linear_layer\.)?(down|up|A|B)(?:\.default(?:_0)?)?\.weight")
+# What other files hold: the start of a tensor's name -> what that is, and what to do with it
+BASE = "a base model: name it as --pretrained_model"
+OTHERS = {
+    r"(model\.diffusion_model|cond_stage_model|first_stage_model)\.": BASE,
+    r"(conv_in|down_blocks|mid_block|up_blocks|text_model|encoder|decoder|quant_conv)\.": f"part of {BASE}",
+    r"emb_params$|string_to_param|<": "an embedding (textual inversion), which this program can't score",
+    r".*\.(hada|lokr|oft|boft)_": "a LyCORIS network other than a LoRA, which diffusers can't load",
+}
+WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # of the text that attention reads
+
+
+class Part(NamedTuple):
+    """One layer's LoRA: W + alpha / rank * up @ down. Shape: (rank, in, ...), (out, rank, ...), in the file's dtype."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+
+
+def find_lora(path: Path) -> Path:
+    """The LoRA file that a path names: itself, or the one in a folder. Raises InputError: there is none, or several."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"--lora {path} is neither a file nor a folder here: download a LoRA of the hub first")
+    names = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors")
+    found = [path / name for name in (*names, "adapter_model.bin") if (path / name).is_file()]
+    found = found[:1] or sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"--lora {path} holds {len(found)} files: name one of them, such as {found[0]}")
+    if (path / "model_index.json").is_file():
+        raise InputError(f"--lora {path} is {BASE}")
+    if (path / "config.json").is_file():
+        remedy = "start it again, the same way, or name a folder in its candidates"
+        raise InputError(f"--lora {path} holds a training that hasn't exported its LoRA yet: {remedy}")
+    raise InputError(f"--lora {path} holds no LoRA file: name the file, or the folder of a training or a LoRA")
+
+
+def read_lora(file: Path) -> dict[str, Part]:
+    """The layers in a LoRA file, named as kohya does: lora_unet_... and lora_te_..., with _ for every dot.
+
+    A pickle is read with `weights_only=True`, which runs no code from it. An alpha that isn't in the file is looked
+    for where diffusers (the header) and PEFT (adapter_config.json) keep it; else it is the rank.
+
+    Raises InputError: it can't be read, or holds something else, or more than diffusers would take of it.
+    """
+    tensors, header = _read(file)
+    ends: dict[str, dict[str, torch.Tensor]] = {}
+    alphas, rest = {}, []
+    for key, tensor in tensors.items():
+        if found := END.fullmatch(key):
+            side = {"A": "down", "B": "up"}.get(found[2], found[2])
+            ends.setdefault(found[1], {})[side] = tensor
+        elif key.endswith(".alpha") and tensor.numel() == 1:
+            alphas[key.removesuffix(".alpha")] = tensor.item()
+        else:
+            rest.append(key)
+    if rest:
+        raise InputError(f"{file} holds {rest[0]!r:.100}, which diffusers leaves out or refuses: not only a LoRA")
+    parts = {}
+    for module, pair in ends.items():
+        if pair.keys() != {"down", "up"}:
+            raise InputError(f"{file}: {module} has one half of its LoRA only: get the file again")
+        down, up = pair["down"], pair["up"]
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise InputError(f"{file}: {module} has values that are not finite: get the file again, or train it again")
+        name = _name(module)
+        rank = down.shape[0] if down.ndim else 0
+        alpha = alphas[module] if module in alphas else _noted_alpha(header, module, rank)
+        parts[name] = Part(down, up, alpha)
+    return parts
+
+
+def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, what the file's header or the JSON beside it says of alphas), if it is a LoRA."""
+    if file.suffix not in SUFFIXES:
+        raise InputError(f"{file} is no LoRA file: one ends in {', '.join(SUFFIXES)}")
+    header, tensors = {}, None
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:  # the names first: it may be a base of gigabytes
+                names, header = list(opened.keys()), opened.metadata() or {}
+                if any(map(END.fullmatch, names)):
+                    tensors = {name: opened.get_tensor(name) for name in names}
+        else:
+            names = list(tensors := read_tensors(file, ".bin"))
+        if file.name.startswith("adapter_model"):
+            header = json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))
+        elif "lora_adapter_metadata" in header:
+            header = json.loads(header["lora_adapter_metadata"])
+    except Exception as error:  # whatever damaged files make their parsers raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"{file}: ")[:200]
+        raise InputError(f"{file} can't be read as a LoRA ({reason}): get it again") from None
+    if not any(map(END.fullmatch, names)):
+        what = next((what for name in names for start, what in OTHERS.items() if re.match(start, name)), None)
+        what = what or (f"none: its first tensor is {min(names)!r:.100}" if names else "empty")
+        raise InputError(f"{file} is no LoRA, but {what}")
+    return tensors, header if isinstance(header, dict) else {}
+
+
+def _name(module: str) -> str:
+    """A layer's name in the file as kohya would have it."""
+    module = module.removeprefix("base_model.model.").replace(".processor.", ".")
+    if module.startswith("lora_"):
+        return re.sub("^lora_te1_", "lora_te_", module)
+    part, _, path = module.partition(".")
+    if part not in ("unet", "text_encoder", "text_encoder_2", "transformer"):  # PEFT's, or very old
+        part, path = "text_encoder" if part in ("text_model", "encoder") else "unet", module
+    if part == "text_encoder":  # and diffusers' old names for its attention
+        path = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", path)
+    part = {"unet": "unet", "text_encoder": "te", "text_encoder_2": "te2", "transformer": "transformer"}[part]
+    return f"lora_{part}_{re.sub('[.]to_out$', '.to_out.0', path)}".replace(".", "_")
+
+
+def _noted_alpha(header: dict, module: str, rank: int) -> float:
+    """What PEFT's config says, which diffusers keeps with "unet." or "text_encoder." before each name."""
+    path = module.removeprefix("base_model.model.")
+    part, _, inner = path.partition(".")
+    own = {key.removeprefix(f"{part}."): value for key, value in header.items() if key.startswith(f"{part}.")}
+    own, path = (own, inner) if own else (header, path)
+    patterns = own.get("alpha_pattern") or {}
+    matching = [value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", path)]
+    alpha = matching[0] if matching else own.get("lora_alpha") or rank
+    return float(alpha * rank**0.5 if own.get("use_rslora") and own.get("lora_alpha") else alpha)
+
+
+def fit(file: Path, parts: dict[str, Part], unet, text_encoder) -> dict[str, dict[str, Part]]:
+    """{"unet": {path of a layer: its LoRA}, "text_encoder": ...}, which put_on() takes.
+
+    Layers that clip skip took from the text encoder have no effect, and are left out.
+    Raises InputError: a layer isn't in this base, or has another shape there; diffusers would take the others.
+    """
+    width = unet.config.cross_attention_dim
+    for name, part in parts.items():
+        own = part.down.shape[1] if re.search("attn2_to_[kv]$", name) and part.down.ndim > 1 else width
+        if own != width or name.startswith("lora_te2_"):
+            kind = WIDTHS.get(own if own != width else 2048, "another model")
+            raise InputError(f"{file} is for {kind}: its text is {own} wide; this base's {width}: name a base it fits")
+    layers = {}
+    for prefix, model in (("unet", unet), ("te", text_encoder)):
+        for path, layer in model.named_modules():
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                layers[f"lora_{prefix}_{path.replace('.', '_')}"] = (prefix, path, layer.weight)
+    skipped = text_encoder.config.num_hidden_layers  # the layers there were
+    known = {name.replace("lora_te_text_model_", "lora_te_"): place for name, place in layers.items()}
+    fitted, strange = {"unet": {}, "text_encoder": {}}, []
+    for name, (down, up, alpha) in parts.items():
+        short = name.replace("lora_te_text_model_", "lora_te_")  # transformers 5 has no such level any more
+        layer = re.match(r"lora_te_encoder_layers_(\d+)_", short)
+        if short not in known:
+            if not layer or int(layer[1]) >= skipped:
+                strange.append(name)
+            continue
+        prefix, path, weight = known[short]
+        rank, kernel = (down.shape or [0])[0], weight.shape[2:]
+        shapes = ((rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in kernel)))
+        if rank < 1 or down.numel() != torch.Size(shapes[0]).numel() or up.numel() != torch.Size(shapes[1]).numel():
+            what = f"{list(up.shape)} x {list(down.shape)}, where this base has {list(weight.shape)}"
+            raise InputError(f"{file} is for another model: {name} is {what}: name a base it fits")
+        part = Part(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
+        fitted["unet" if prefix == "unet" else "text_encoder"][path] = part
+    if strange:
+        counts = f"{len(strange)} of its {len(parts)} layers aren't in this base"
+        raise InputError(f"{file} is for another model: {counts}, the first is {strange[0][:100]}: name a base it fits")
+    return fitted
+
+
+def put_on(pipe, fitted: dict[str, dict[str, Part]]) -> None:
+    """Load what fit() made onto a StableDiffusionPipeline; pipe.unload_lora_weights() takes it off again."""
+    loaders = {"unet": pipe.load_lora_into_unet, "text_encoder": pipe.load_lora_into_text_encoder}
+    for name, parts in fitted.items():
+        state, alphas = {}, {}
+        for path, part in parts.items():
+            state |= {f"{name}.{path}.lora_A.weight": part.down, f"{name}.{path}.lora_B.weight": part.up}
+            alphas[f"{name}.{path}.alpha"] = part.alpha
+        if state:
+            options = {"network_alphas": alphas, name: getattr(pipe, name), "low_cpu_mem_usage": True}
+            loaders[name](state, _pipeline=pipe, **options)
+
+
+def read_start(config) -> dict[str, Part]:
+    """The layers of the LoRA that start_from names, {} if it names none.
+
+    Raises InputError: it can't be read, holds layers that aren't trained here, or has another rank than lora_rank.
+    """
+    file, where = Path(config.start_from), f"start_from={config.start_from!r}"
+    if not config.start_from:
+        return {}
+    if not file.is_file():
+        raise InputError(f"{where} is no file here: name the LoRA to go on from")
+    parts = read_lora(file)
+    kinds = {"text-encoder": "lora_te", "feed-forward": ".*_ff_net_", "projection": ".*_proj_(in|out)$"}
+    kinds |= {"convolution": ".*(_conv|resnets)"}
+    strange = {kind: [name for name in parts if re.match(pattern, name)] for kind, pattern in kinds.items()}
+    if found := [kind for kind, names in strange.items() if names]:
+        what = f"{' and '.join(found)} modules ({sum(map(len, strange.values()))} of {len(parts)})"
+        why = f"holds {what}, which this program doesn't train"
+        raise InputError(f"{where} {why}: name a LoRA of the UNet's attention alone")
+    if ranks := {part.down.shape[0] for part in parts.values() if part.down.ndim} - {config.lora_rank}:
+        why = f"has rank {min(ranks)}, and lora_rank is {config.lora_rank}"
+        raise InputError(f"{where} {why}: set lora_rank={min(ranks)}, or name another file")
+    return parts
+
+
+def start_from(unet, config) -> str:
+    """Put that LoRA's weights into those that are injected into the UNet; returns a line that says what was done.
+
+    Its alpha may differ: up is rescaled so that the correction, alpha / rank * up @ down, is the same. Layers that it
+    leaves out begin anew, that is, without a correction.
+
+    Raises InputError: see read_start(); or it is another model's.
+    """
+    parts, layers = read_start(config), lora_modules(unet)
+    for name, (down, up, _) in parts.items():
+        layer = layers.get(name)
+        if not layer or down.numel() != layer.down_weight.numel() or up.numel() != layer.up_weight.numel():
+            why = f"is another model's: {name} is {list(up.shape)} x {list(down.shape)}, which doesn't fit this base"
+            raise InputError(f"start_from={config.start_from!r} {why}")
+    with torch.no_grad():
+        for name, (down, up, alpha) in parts.items():
+            layer = layers[name]
+            layer.down_weight.copy_(down.reshape(layer.down_weight.shape))
+            layer.up_weight.copy_(up.reshape(layer.up_weight.shape).float() * (alpha / layer.rank / layer.scale))
+    alphas = ", ".join(f"{alpha:g}" for alpha in sorted({alpha for _, _, alpha in parts.values()})[:3])
+    rest = f"; {len(layers) - len(parts)} more begin anew" if len(parts) < len(layers) else ""
+    return f"Going on from {config.start_from}: {len(parts)} modules of alpha {alphas}{rest}"
