@@ -1,5 +1,6 @@
 """Captions as other programs leave them: every layout gives the same faces, and what is odd is told in one line."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import exported, run, small_config
 from PIL import Image
 
 from dataset import MangaFaceDataset
@@ -387,3 +389,39 @@ def test_reading_ten_thousand_sidecars_takes_no_quadratic_time(tmp_path):
         write(tmp_path / f"{'picture' if number < 10 else 'caption'}{number}.txt", "x")
     layout = read_layout(tmp_path, tmp_path / "none.json")
     assert len(layout.entries) == 10 and "Sidecars without a picture: 2990" in layout.notes[0]
+
+
+# From a layout to a LoRA -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def from_json(tmp_path_factory, shared_faces, tiny_base) -> bytes:
+    config = small_config(tmp_path_factory.mktemp("json"), shared_faces, tiny_base, num_train_epochs=1)
+    run(config)
+    return exported(config)
+
+
+@pytest.mark.parametrize("layout", ["sidecars", "metadata.jsonl", "metadata.csv", "kohya's folder"])
+def test_the_same_faces_and_captions_in_any_layout_train_to_the_same_bytes(
+    tmp_path, shared_faces, tiny_base, from_json, layout
+):
+    entries = json.loads((shared_faces / "modified_face_250.json").read_text(encoding="utf-8"))
+    folder = tmp_path / "faces"
+    place = folder / "1_manga" if layout == "kohya's folder" else folder
+    place.mkdir(parents=True)
+    rows = []
+    for entry in entries:
+        name = f"{entry['image_name']}.png"
+        shutil.copy(shared_faces / name, place)
+        rows += [(name, caption) for caption in entry["captions"]]
+        if layout in ("sidecars", "kohya's folder"):
+            (place / name).with_suffix(".txt").write_text("\n".join(entry["captions"]) + "\n", encoding="utf-8")
+    if layout == "metadata.jsonl":
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+        (folder / layout).write_text("\n".join(lines), encoding="utf-8")
+    elif layout == "metadata.csv":
+        with open(folder / layout, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("file_name", "text"), *rows])
+    config = small_config(tmp_path, folder, tiny_base, num_train_epochs=1)
+    run(config)
+    assert exported(config) == from_json
