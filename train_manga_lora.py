@@ -20,6 +20,8 @@ from pathlib import Path
 PROCESS_START = time.time()
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # both libraries print advice on other use cases
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+if sys.platform == "linux":  # elsewhere torch can't: a GPU's memory in pieces that grow, so that less is lost between
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 HERE = Path(__file__).resolve().parent
 
 from training import arguments

@@ -12,6 +12,7 @@ import train_manga_lora as trainer
 from dataset import MangaFaceDataset
 from lora_layers import LoRALinearLayer, inject_lora, lora_parameters
 from training import denoising, memory, model
+from training import run as run_module
 from training.base_model import load_unet
 from training.encoding import EncodedDataset
 
@@ -246,3 +247,73 @@ def test_any_optimizer_is_saved_killed_and_resumed(tiny_config, monkeypatch, opt
     assert run(config)["resumed_from_step"] == 6
     before = exported(dataclasses.replace(config, output_dir=config.output_dir + "-uninterrupted"))
     assert exported(config) == before
+
+
+# Half precision and memory on a GPU, as far as a CPU can show ------------------------------------------------------
+
+
+def test_the_optimizer_s_moments_exist_before_the_rehearsed_gradient_and_count_nothing_afterwards(
+    tiny_base, one_batch, monkeypatch
+):
+    """A card that holds the first step then holds the second."""
+    found, original, built = [], model.compute_gradients, build(tiny_base, CONFIG)
+
+    def compute_gradients(model, *rest):
+        found.extend(value.shape for value in model.optimizer.state[model.weights].values() if value.ndim)
+        return original(model, *rest)
+
+    monkeypatch.setattr(model, "compute_gradients", compute_gradients)
+    model.rehearse(built, *one_batch)
+    assert found == 2 * [built.weights.shape] and not built.optimizer.state
+
+
+def test_the_loss_scale_grows_within_a_short_run_in_fp16_and_is_one_otherwise(tiny_base):
+    config = trainer.TrainingConfig(lora_rank=4, lora_alpha=8)
+    scaler = build(tiny_base, config, torch.float16).scaler
+    assert scaler.get_growth_interval() == 100 and scaler.scale(torch.ones(())).item() == 2.0**16
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    for _ in range(100):
+        weight.grad = torch.ones(1)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**17
+    scaler = build(tiny_base, config).scaler
+    assert scaler.scale(torch.ones(())).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "capability", "has", "expected"),
+    [
+        ("cuda", "bf16", (7, 5), (), "fp16"),  # Turing: torch.cuda.is_bf16_supported() is True there
+        ("cuda", "bf16", (8, 0), (), "bf16"),
+        ("cuda", "fp16", (7, 5), (), "fp16"),
+        ("cuda", "no", (7, 5), (), "no"),
+        ("cpu", "bf16", None, (), "no"),
+        ("cpu", "bf16", None, ("_is_avx512_bf16_supported",), "bf16"),
+        ("cpu", "bf16", None, ("_is_amx_tile_supported",), "bf16"),
+        ("cpu", "fp16", None, ("_is_amx_tile_supported",), "no"),
+        ("mps", "bf16", None, ("_is_amx_tile_supported",), "no"),
+    ],
+)
+def test_a_precision_is_used_where_the_hardware_has_it(monkeypatch, device, wanted, capability, has, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in has, raising=False)
+    assert run_module.precision_of(torch.device(device), wanted)[0] == expected
+
+
+def test_bf16_on_a_cpu_that_has_it_trains_draws_and_stays_near_float32(tiny_config, monkeypatch, capsys):
+    pictures = {"sample_prompts": ("a face",), "samples_per_prompt": 1, "sample_steps": 1, "num_train_epochs": 1}
+    exact = run(tiny_config, **pictures, overwrite=True)
+    assert "This CPU has no bf16" not in capsys.readouterr().out  # fp16 was asked for
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    near = run(tiny_config, **pictures, mixed_precision="bf16", output_dir=tiny_config.output_dir + "-bf16")
+    assert "precision bf16" in capsys.readouterr().out
+    assert near["val_loss_best"] != exact["val_loss_best"]
+    assert abs(near["val_loss_best"] / exact["val_loss_best"] - 1) < 0.02
+
+
+def test_a_library_without_workspace_counts_as_out_of_memory():
+    assert memory.is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
+    assert not memory.is_out_of_memory(RuntimeError("unable to find a key"))

@@ -17,11 +17,12 @@ CHECKPOINTED = {  # what is not kept for the backward pass, but computed again; 
     "all": "all blocks are computed twice (+ 33 % work)",
 }
 RESERVE = 1.25  # of the activations counted: gradients on their way back, workspaces, fragments
+SPARE = 0.3 * 2**30  # bytes of a GPU that are left free, for its libraries
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch.OutOfMemoryError on a GPU, or its libraries' ..._ALLOC_FAILED; the CPU's allocator's RuntimeError."""
-    signs = ("out of memory", "allocate memory", "alloc_failed")
+    """torch.OutOfMemoryError on a GPU, or its libraries' ways to say so; the CPU's allocator's RuntimeError."""
+    signs = ("out of memory", "allocate memory", "alloc_failed", "unable to find an engine")  # cuDNN: no workspace
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
@@ -161,7 +162,8 @@ def plan_memory(run, model, data, config, kept: dict | None = None) -> None:
     largest = max(data.latent_shapes, key=math.prod)
     plans = memory_plans(model.unet, largest, text_shape, images, config.gradient_checkpointing)
     plans, free = run.from_main(plans), run.least(free_bytes(run.device, run.world))
-    plan = MemoryPlan(**kept) if kept else choose_plan(plans, free)
+    spare = SPARE if run.device.type == "cuda" else 0
+    plan = MemoryPlan(**kept) if kept else choose_plan(plans, free - spare)
     model.plans = Plans(model.unet, plans, plan, run.log, run.least if run.world > 1 else None)
     run.log(f"Device {run.device}, precision {run.precision}. Memory: {plan}, {free / 2**30:.1f} GiB are free")
 

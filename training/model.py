@@ -62,7 +62,10 @@ def build_model(config, base: Path, device: torch.device, dtype: torch.dtype, lo
     log(f"LoRA: rank {config.lora_rank}, alpha {config.lora_alpha}, {len(lora_modules(unet))} modules, {size}")
     # AdamW's own decay is off: the script's apply_decay() does it exactly. At scale 1 the scaler only skips bad steps.
     optimizer = torch.optim.AdamW([weights], lr=config.learning_rate, weight_decay=0.0, fused=True)
-    scale = {"init_scale": 2.0**16} if dtype == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**30}
+    # In fp16 it grows every 100 steps, so that the smallest gradients come to count within a run of 900.
+    scale = {"init_scale": 2.0**16, "growth_interval": 100}
+    if dtype != torch.float16:
+        scale = {"init_scale": 1.0, "growth_interval": 2**30}
     return Model(unet, scheduler, weights, optimizer, torch.amp.GradScaler(device.type, **scale))
 
 
@@ -98,21 +101,21 @@ def clip_and_step(optimizer, scaler, weights: torch.Tensor, max_grad_norm: float
 def rehearse(model: Model, encoded: EncodedDataset, batch: Batch, share: torch.Tensor) -> None:
     """A whole step that changes nothing: does it fit into memory, and does the data's gradient reach every module?
 
-    (That of down_weight is zero before the first step, as up_weight is.) The gradient is then made NaN, upon which
-    the optimizer leaves the weights as they are, but shows whether its own memory can be had.
+    (That of down_weight is zero before the first step, as up_weight is.) First the optimizer gets a gradient that is
+    NaN, upon which it leaves the weights as they are, but takes its own memory: the second step won't need more.
 
     Raises:
         Stop(3): the memory isn't enough for the smallest plan.
         Stop(4): a LoRA module gets no gradient.
     """
     scale, is_new = model.scaler.state_dict(), not model.optimizer.state
+    model.weights.grad.fill_(math.nan)
+    clip_and_step(model.optimizer, model.scaler, model.weights, max_grad_norm=0.0)
     compute_gradients(model, encoded, batch, share)
     gradients = {name: layer.up_weight.grad for name, layer in lora_modules(model.unet).items()}
     dead = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
     if dead:
         raise Stop(4, f"{len(dead)} LoRA modules get no gradient, the first is {dead[0]}: a bug, please report it")
-    model.weights.grad.fill_(math.nan)
-    clip_and_step(model.optimizer, model.scaler, model.weights, max_grad_norm=0.0)
     if is_new:  # what some optimizers made of the NaN; a GPU's memory for it stays with this process
         model.optimizer.state.clear()
     model.scaler.load_state_dict(scale)

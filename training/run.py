@@ -78,10 +78,11 @@ class Run:
         self.log = tqdm.write if self.is_main else lambda text: None
         tune_for(self.device)
         wanted = self.config.mixed_precision
-        self.precision = wanted if self.device.type == "cuda" else "no"
+        self.precision, why = precision_of(self.device, wanted)
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[self.precision]
         if self.precision != wanted:
-            self.log(f'No CUDA GPU: training in float32 on the {self.device.type}, not in mixed_precision="{wanted}"')
+            name = {"fp16": "fp16", "no": "float32"}[self.precision]
+            self.log(f'{why}: training in {name} on the {self.device.type}, not in mixed_precision="{wanted}"')
 
     def from_main(self, thing):
         """What the main process has, for all."""
@@ -214,10 +215,25 @@ class Run:
         raise Interrupted(128 + (self.signal_number or signal.SIGTERM), f"{message}; to go on: {again}")
 
 
+def precision_of(device: torch.device, wanted: str) -> tuple[str, str]:
+    """(the precision of the base on this device, why it isn't the one wanted)."""
+    if wanted == "no":
+        return "no", ""
+    if device.type == "cuda":  # torch says that older GPUs can bf16, too: they imitate it
+        is_old = wanted == "bf16" and torch.cuda.get_device_capability(device) < (8, 0)
+        return "fp16" if is_old else wanted, "This GPU has no bf16"
+    if device.type == "cpu" and wanted == "bf16":  # only if it is asked for: small models get slower
+        found = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        has_bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in found)
+        return "bf16" if has_bf16 else "no", "This CPU has no bf16"
+    return "no", "No CUDA GPU"
+
+
 def tune_for(device: torch.device) -> None:
-    """Settings of the process that make the same arithmetic faster."""
+    """Settings of the process that make the same arithmetic faster, or safer."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes hardly change: trying all convolution kernels once pays
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums in float32
     elif sys.platform == "linux":
         # glibc returns large blocks to the kernel, which clears them anew for every operation: 5 % of an SD1.5 step.
         with contextlib.suppress(OSError, AttributeError):
