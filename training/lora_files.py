@@ -5,6 +5,7 @@ file -> read_lora: {name: Part} -> fit: which layers of this base they are -> pu
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from lora_layers import lora_modules, read_tensors
 from training.files import InputError
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # One end of a layer's LoRA: kohya's x.lora_down.weight; x.lora.down.weight, x.processor.to_q_lora.down.weight and
 # x.lora_linear_layer.down.weight, diffusers'; PEFT's x.lora_A.weight and x.lora_A.default.weight
@@ -83,14 +85,16 @@ def read_lora(file: Path) -> dict[str, Part]:
     parts = {}
     for module, pair in ends.items():
         if pair.keys() != {"down", "up"}:
-            raise InputError(f"{file}: {module} has one half of its LoRA only: get the file again")
-        down, up = pair["down"], pair["up"]
-        if not (down.isfinite().all() and up.isfinite().all()):
-            raise InputError(f"{file}: {module} has values that are not finite: get the file again, or train it again")
-        name = _name(module)
-        rank = down.shape[0] if down.ndim else 0
-        alpha = alphas[module] if module in alphas else _noted_alpha(header, module, rank)
-        parts[name] = Part(down, up, alpha)
+            raise InputError(f"{file}: {module:.100} has one half of its LoRA only: get the file again")
+        try:
+            down, up = (tensor if tensor.dtype in DTYPES else tensor.float() for tensor in (pair["down"], pair["up"]))
+            alpha = float(alphas[module] if module in alphas else _noted_alpha(header, module, len(down)))
+            finite = down.isfinite().all() and up.isfinite().all() and math.isfinite(alpha)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{file} can't be read as a LoRA ({str(error)[:100]!r}): get it again") from None
+        if not finite:
+            raise InputError(f"{file}: {module:.100} has values that are not finite: get it again, or train it again")
+        parts[_name(module)] = Part(down, up, alpha)
     return parts
 
 
@@ -106,7 +110,8 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
                 if any(map(END.fullmatch, names)):
                     tensors = {name: opened.get_tensor(name) for name in names}
         else:
-            names = list(tensors := read_tensors(file, ".bin"))
+            tensors = {str(name): tensor for name, tensor in read_tensors(file, ".bin").items()}
+            names = list(tensors)
         if file.name.startswith("adapter_model"):
             header = json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))
         elif "lora_adapter_metadata" in header:
@@ -141,10 +146,12 @@ def _noted_alpha(header: dict, module: str, rank: int) -> float:
     part, _, inner = path.partition(".")
     own = {key.removeprefix(f"{part}."): value for key, value in header.items() if key.startswith(f"{part}.")}
     own, path = (own, inner) if own else (header, path)
-    patterns = own.get("alpha_pattern") or {}
-    matching = [value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", path)]
-    alpha = matching[0] if matching else own.get("lora_alpha") or rank
-    return float(alpha * rank**0.5 if own.get("use_rslora") and own.get("lora_alpha") else alpha)
+    path, alpha = path.removeprefix("text_model."), own.get("lora_alpha") or rank
+    for name, of_some in (own.get("alpha_pattern") or {}).items():
+        if f".{path}".endswith("." + name.lstrip("^").removeprefix("text_model.")):
+            alpha = of_some
+            break
+    return alpha * rank**0.5 if own.get("use_rslora") else alpha
 
 
 def fit(file: Path, parts: dict[str, Part], unet, text_encoder) -> dict[str, dict[str, Part]]:
@@ -153,28 +160,29 @@ def fit(file: Path, parts: dict[str, Part], unet, text_encoder) -> dict[str, dic
     Layers that clip skip took from the text encoder have no effect, and are left out.
     Raises InputError: a layer isn't in this base, or has another shape there; diffusers would take the others.
     """
+
+    def short(name: str) -> str:  # transformers 5 has no level text_model any more
+        return name.replace("lora_te_text_model_", "lora_te_")
+
     width = unet.config.cross_attention_dim
     for name, part in parts.items():
         own = part.down.shape[1] if re.search("attn2_to_[kv]$", name) and part.down.ndim > 1 else width
         if own != width or name.startswith("lora_te2_"):
             kind = WIDTHS.get(own if own != width else 2048, "another model")
             raise InputError(f"{file} is for {kind}: its text is {own} wide; this base's {width}: name a base it fits")
-    layers = {}
+    known = {}
     for prefix, model in (("unet", unet), ("te", text_encoder)):
         for path, layer in model.named_modules():
             if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-                layers[f"lora_{prefix}_{path.replace('.', '_')}"] = (prefix, path, layer.weight)
-    skipped = text_encoder.config.num_hidden_layers  # the layers there were
-    known = {name.replace("lora_te_text_model_", "lora_te_"): place for name, place in layers.items()}
+                known[short(f"lora_{prefix}_{path.replace('.', '_')}")] = (prefix, path, layer.weight)
     fitted, strange = {"unet": {}, "text_encoder": {}}, []
     for name, (down, up, alpha) in parts.items():
-        short = name.replace("lora_te_text_model_", "lora_te_")  # transformers 5 has no such level any more
-        layer = re.match(r"lora_te_encoder_layers_(\d+)_", short)
-        if short not in known:
-            if not layer or int(layer[1]) >= skipped:
+        if short(name) not in known:
+            layer = re.match(r"lora_te_encoder_layers_(\d{1,9})_", short(name))
+            if not layer or int(layer[1]) >= text_encoder.config.num_hidden_layers:  # as many as there were
                 strange.append(name)
             continue
-        prefix, path, weight = known[short]
+        prefix, path, weight = known[short(name)]
         rank, kernel = (down.shape or [0])[0], weight.shape[2:]
         shapes = ((rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in kernel)))
         if rank < 1 or down.numel() != torch.Size(shapes[0]).numel() or up.numel() != torch.Size(shapes[1]).numel():
