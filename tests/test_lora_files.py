@@ -1,6 +1,6 @@
 """Any LoRA scored: each program's layout against weights merged by hand, and all that isn't a LoRA named.
 
-python -m pytest tests/test_any_lora.py
+python -m pytest tests/test_lora_files.py
 """
 
 import copy
@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.any_lora import find_lora, fit, put_on, read_lora
 from evaluation.pictures import build_pipeline
 from training.base_model import load_text_encoder, load_unet, load_vae
 from training.files import InputError
+from training.lora_files import find_lora, fit, put_on, read_lora
 
 CPU = torch.device("cpu")
 RANKS = (4, 2)  # of one layer and the next: files may mix them
