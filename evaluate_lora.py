@@ -31,6 +31,7 @@ import torch
 import train_manga_lora as trainer
 from dataset import MangaFaceDataset
 from evaluation import compare
+from evaluation.report import write_comparison
 from evaluation.score import Evaluation
 from train_manga_lora import DEMO, FORMER, TrainingConfig, check_config
 from training.arguments import flag_parser, with_flags
@@ -104,7 +105,8 @@ def main(arguments: list[str]) -> None:
     parser.names += ("lora", "to")
     what = "a training's folder, a folder or file in it, or any LoRA's"
     parser.add_argument("--lora", nargs="+", required=True, type=Path, metavar="PATH", help=what)
-    where = "folder for scores.json and before_after.png [a training's own, if it is scored alone and as it was]"
+    where = "folder for scores.json, before_after.png and, of several, comparison.html, which else goes into this one "
+    where += "[a training's own, if it is scored alone and as it was]"
     parser.add_argument("--to", type=Path, metavar="FOLDER", help=where)
     given = vars(parser.parse_args(arguments))
     paths, to = list(dict.fromkeys(given.pop("lora"))), given.pop("to")
@@ -134,6 +136,9 @@ def main(arguments: list[str]) -> None:
         print(compare.table(evaluation, scored))
         if to:
             compare.write(to, evaluation, scored)
+        runs = {name: find_run(file) for name, file in files.items()}
+        page = write_comparison(to or Path(), evaluation, scored, runs, compare.ranking(scored))
+        print(f"Side by side: {page}")
     else:
         (score,) = scored.values()
         if to:

@@ -146,6 +146,7 @@ import torch
 from dataset import MangaFaceDataset
 from evaluation.best_epoch import keep_candidate, prune_candidates
 from evaluation.pictures import draw_samples, is_sampled
+from evaluation.report import write_report
 from evaluation.summary import finish
 from lora_layers import GradientPenalty, LoRASelfCheckError
 from training import bases
@@ -269,9 +270,9 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         state = TrainingState.of_new_run(config, len(dataset), run.world, run.fingerprint)
         tokenizer = load_tokenizer(configs) if configs else None
         dataset.make_texts(tokenizer)
-        warnings = dataset_warnings(dataset, config, state.total_steps)
+        run.warnings = [text for text, _ in dataset_warnings(dataset, config, state.total_steps)]
         run.log(bases.about(config.pretrained_model))
-        run.log(dataset.report(tokenizer, [text for text, _ in warnings]))
+        run.log(dataset.report(tokenizer, run.warnings))
         run.log(state.arithmetic(config, run.world))
         if config.dry_run:
             if run.is_main:
@@ -314,6 +315,8 @@ def train(run: Run, config: TrainingConfig, model: Model, data: Data, state: Tra
                 evaluate(run, config, model, data, state)
                 continue
             draw_samples(run, config, model, data, state.epoch, base)
+            if run.is_main:
+                write_report(run.output, config, run.log, warnings=run.warnings, history=state.history)
             if state.is_finished(config):
                 break
 

@@ -101,8 +101,9 @@ def _row(validated: Validated, score: Score | None) -> dict:
     return {name: "n/a" if value is None else value for name, value in row.items()}
 
 
-def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[dict, list]:
-    """Score the candidates, export the best one's files, write best.json; returns scores for the summary, examples().
+def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[dict, list, tuple | None]:
+    """Score the candidates, export the best one's files, write best.json; returns scores for the summary, examples(),
+    and (Evaluation, the file, its Score) to draw more with, None without pictures.
 
     The files are what a user loads, and are scored as such. Without pictures the lowest validation loss decides.
     """
@@ -140,4 +141,4 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     else:
         for name in ("scores.json", "before_after.png"):  # of an earlier end of this run: not of this LoRA
             (output / name).unlink(missing_ok=True)
-    return summary, drawn
+    return summary, drawn, (evaluation, output / LORA_FILES[1], scored[epoch]) if evaluation else None

@@ -1,4 +1,4 @@
-"""Several LoRAs beside each other: one table, one sheet."""
+"""Several LoRAs beside each other: one table, one sheet; for the page see report.py."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,18 @@ def table(evaluation: Evaluation, scored: dict[str, Score]) -> str:
         shares = (score.cell(f"points: {part}").split(" ")[0] for part in POINTS)
         cells = "".join(f"{share:>19}" for share in shares)
         lines.append(f"{name:{width}}{score.cell('points: score'):24}{cells}")
+    return "\n".join([*lines, ranking(scored)])
+
+
+def ranking(scored: dict[str, Score]) -> str:
+    """Which has the highest score, and whether by more than chance."""
     best = max(scored, key=lambda name: scored[name].score)
     beaten = {name: scored[best].beats(score) for name, score in scored.items() if name != best}
+    found = []
     for verb, which in (("beats", True), ("doesn't beat", False)):
         if names := ", ".join(name for name in beaten if beaten[name] is which):
-            lines.append(f"{best} has the highest score, and {verb} {names} by more than chance")
-    return "\n".join(lines)
+            found.append(f"{verb} {names} by more than chance")
+    return f"{best} has the highest score, and {'; '.join(found)}"
 
 
 def write(folder: Path, evaluation: Evaluation, scored: dict[str, Score]) -> None:

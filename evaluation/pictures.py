@@ -101,6 +101,22 @@ def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: lis
     return sheet
 
 
+def to_webp(pixels: np.ndarray, most: int = 2048) -> bytes:
+    """A picture (H, W, 3), uint8, as a WebP of at most so many pixels a side; a small one loses nothing."""
+    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    picture.thumbnail((most, most))
+    picture.save(buffer, "WEBP", lossless=max(picture.size) <= 128, quality=88)
+    return buffer.getvalue()
+
+
+def write_album(folder: Path, prompts: list[str], drawn) -> None:
+    """Write each of the pictures (H, W, 3) as it was drawn, 01.webp, 02.webp ..., and prompts.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, pixels in enumerate(drawn, start=1):
+        write_atomic(folder / f"{number:02d}.webp", to_webp(pixels), flush=False)
+    write_atomic(folder / "prompts.json", json.dumps(prompts, ensure_ascii=False, indent=1).encode(), flush=False)
+
+
 def write_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG, whole or not at all."""
     buffer = io.BytesIO()
@@ -115,7 +131,8 @@ def is_sampled(epoch: int, config) -> bool:
 
 
 def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
-    """A sheet of one picture per sample prompt, all from the run's seed, so comparable. Epoch 0 is the base's.
+    """A sheet of one picture per sample prompt, all from the run's seed, so comparable. Epoch 0 is the base's. Beside
+    it a folder of the pictures alone, which the report shows.
 
     On the main process, unless this epoch's is there already. A signal acts at once: the run that goes on draws it.
     """
@@ -128,6 +145,7 @@ def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
         empty, prompts = data.prompts.to(unet.device, unet.dtype).split([1, len(config.sample_prompts)])
         prompts = {"prompt_embeds": prompts, "negative_prompt_embeds": empty.expand_as(prompts)}
         pictures = draw_pictures(pipe, prompts, [config.seed] * len(config.sample_prompts), config)
+        write_album(file.with_suffix(""), list(config.sample_prompts), pictures)
         rows = [[picture] for picture in pictures]
         write_picture(file, contact_sheet(rows, [f"epoch {epoch}"], list(config.sample_prompts)))
         del pipe

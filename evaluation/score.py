@@ -5,13 +5,13 @@ pictures       -> Features -> values (the parts in their own units) -> points ->
 LoRA file      -> Evaluation: draws, scores, writes scores.json and before_after.png
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from evaluation import measures, pictures
 from evaluation.measures import ATTRIBUTES, LINE_ART
@@ -24,6 +24,7 @@ from training.pictures import load_image
 
 MAX_FACES = 500  # training faces that pictures are held against
 EXACT_COPY = 0.01  # latents nearer than this are of one picture: copies in a data set must not make copies look usual
+STRENGTHS = (0, 0.4, 0.7, 1, 1.3)  # of the LoRA, in the report
 RESAMPLES = 300  # of the bootstrap
 POINTS = {"style": 3, "set distance": 2, "adherence": 3, "novelty": 1, "diversity": 1}  # 10 in all
 
@@ -236,12 +237,15 @@ class Evaluation:
         self.of_base = None  # only until it is scored
         self.of_base = self.judge_pictures(self._draw())
 
-    def _draw(self) -> np.ndarray:
-        seeds = [seed for _, seed in self.jobs]
-        return pictures.draw_pictures(self.pipe, {"prompt": self.texts}, seeds, self.config)
+    def _draw(self, numbers=None) -> np.ndarray:
+        """All jobs' pictures, or those of these numbers."""
+        jobs = self.jobs if numbers is None else [self.jobs[number] for number in numbers]
+        prompts, seeds = zip(*jobs, strict=True)
+        return pictures.draw_pictures(self.pipe, {"prompt": list(prompts)}, list(seeds), self.config)
 
-    def judge(self, lora_file: Path) -> Score:
-        """Draw the prompts with this LoRA file and score the pictures.
+    @contextlib.contextmanager
+    def wearing(self, lora_file: Path):
+        """The pipeline with this LoRA file.
 
         Raises InputError: it is damaged, or doesn't fit the base; diffusers would take what fits, or nothing.
         """
@@ -255,10 +259,27 @@ class Evaluation:
                 raise InputError(f"{reason}: train it again, or name another folder") from None
             self.pipe.load_lora_weights(str(lora_file.parent), weight_name=lora_file.name, use_safetensors=True)
         try:
-            pixels = self._draw()
+            yield
         finally:
             self.pipe.unload_lora_weights()
+
+    def judge(self, lora_file: Path) -> Score:
+        """Draw the prompts with this LoRA file and score the pictures. Raises InputError: see wearing()."""
+        with self.wearing(lora_file):
+            pixels = self._draw()
         return self.judge_pictures(pixels)
+
+    def at_strengths(self, lora_file: Path, lora: Score) -> tuple[list[list], list[str], list[str]]:
+        """The first two prompts on a sheet with the LoRA at each of STRENGTHS, as contact_sheet() wants it."""
+        shown, drawn = list(self.shown())[:2], {0: self.of_base.features.pixels, 1: lora.features.pixels}
+        rows = [{strength: pixels[number] for strength, pixels in drawn.items()} for number in shown]
+        with self.wearing(lora_file):
+            for strength in STRENGTHS:
+                if strength not in drawn:
+                    self.pipe.set_adapters(self.pipe.get_active_adapters(), strength)
+                    for row, picture in zip(rows, self._draw(shown), strict=True):
+                        row[strength] = picture
+        return [[row[s] for s in STRENGTHS] for row in rows], list(map(str, STRENGTHS)), [self.texts[n] for n in shown]
 
     def judge_pictures(self, pixels: np.ndarray, texts: list[str] | None = None) -> Score:
         """Score pictures (n, H, W, 3), uint8, wherever they come from: of the prompts, or portraits of these texts."""
@@ -279,7 +300,7 @@ class Evaluation:
 
     def write(self, folder: Path, lora: Score) -> str:
         """Write before_after.png and scores.json into `folder`; returns the table."""
-        pictures.write_picture(folder / "before_after.png", self.sheet(lora))
+        pictures.write_picture(folder / "before_after.png", pictures.contact_sheet(*self.rows(lora)))
         held_out = self.judge_held_out()
         scores = {"base": self.of_base.as_json(), "lora": lora.as_json()}
         scores |= {"held_out_faces": held_out.as_json() if held_out else "n/a"}
@@ -292,14 +313,14 @@ class Evaluation:
         prompts, each = len(self.config.sample_prompts), self.config.samples_per_prompt
         return range(0, each * prompts, each) if prompts else range(min(8, self.portraits))
 
-    def sheet(self, lora: Score) -> Image.Image:
-        """Per prompt: the base's picture, the LoRA's, and the training face nearest to that."""
+    def rows(self, lora: Score) -> tuple[list[list], list[str], list[str]]:
+        """Per prompt: the base's picture, the LoRA's, and the training face nearest to that; for contact_sheet()."""
         shown = self.shown()
         nearest = [face_pixels(self.dataset, self.dataset.train[lora.features.nearest[number]]) for number in shown]
         base, own = self.of_base.features.pixels, lora.features.pixels
         rows = [[base[number], own[number], face] for number, face in zip(shown, nearest, strict=True)]
         titles = ["base", "LoRA", "nearest training face"]
-        return pictures.contact_sheet(rows, titles, [self.texts[number] for number in shown])
+        return rows, titles, [self.texts[number] for number in shown]
 
     def table(self, lora: Score, held_out: Score | None) -> str:
         """Measures, parts and score of base, LoRA and real faces."""

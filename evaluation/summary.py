@@ -5,6 +5,7 @@ import math
 import time
 
 from evaluation.best_epoch import converged_epoch, pick_best, prune_candidates, save_epoch
+from evaluation.report import write_report
 from evaluation.share import use_it, write_share
 from training.checkpoint import LORA_FILES, TrainingState
 from training.files import write_atomic
@@ -25,7 +26,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
         save_epoch(run.output / "last", model.unet, run.labels, state)
         model.free()
         free_memory(run.device)
-        picked, drawn = pick_best(run, config, data.dataset, state, base)
+        picked, drawn, evaluated = pick_best(run, config, data.dataset, state, base)
         best_loss = state.best.loss if state.best else None
         summary = picked | {
             "lora_bin": str(run.output / LORA_FILES[0]),
@@ -38,6 +39,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
             "images_seen": state.images_seen,
             "val_loss_start": state.start_loss,
             "val_loss_best": best_loss,
+            "validation": state.history,  # epoch, loss, its standard error
             "val_ratio": best_loss / state.start_loss if state.start_loss and best_loss else None,
             "images_per_s": state.images_seen / max(state.train_seconds, 1e-9),
             "peak_memory_mib": peak_mib,
@@ -46,9 +48,11 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
             "resumed_from_step": run.resumed_from_step,
         }
         write_share(run, config, drawn, summary)
+        use, known = use_it(run, config, base), {"warnings": run.warnings, "history": state.history}
+        write_report(run.output, config, run.log, "", use, evaluated, summary=summary, **known)
         write_atomic(run.output / "summary.json", json.dumps(summary, indent=1).encode())
     print_summary(summary, config, state, run)
-    run.log(use_it(run, config, base))
+    run.log(use)
     return summary
 
 

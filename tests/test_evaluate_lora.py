@@ -94,6 +94,8 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(evaluate_lora, "Evaluation", Asked)
     monkeypatch.setattr(evaluate_lora.compare, "table", lambda evaluation, scored: "a table")
+    monkeypatch.setattr(evaluate_lora.compare, "ranking", lambda scored: "a sentence")
+    monkeypatch.setattr(evaluate_lora, "write_comparison", lambda *_: "a page")
     return seen
 
 

@@ -112,6 +112,8 @@ def test_a_run_leaves_exactly_the_promised_files(finished):
         "candidates/epoch-001/pytorch_lora_weights.safetensors",
         "samples/epoch-000.png",
         "samples/epoch-001.png",
+        *(f"samples/epoch-00{epoch}/{name}" for epoch in (0, 1) for name in ("01.webp", "02.webp", "prompts.json")),
+        "report.html",
         "share/README.md",
         "share/images/1.png",
         "share/images/2.png",

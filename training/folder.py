@@ -18,9 +18,11 @@ from training.files import TEMPORARY, Stop, write_atomic
 from training.layouts import some_of
 
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
+REPORT = "report.html"  # see evaluation/report.py
 PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
 PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
 PRODUCTS += (
+    REPORT,
     "samples",
     "checkpoints",
     "last",
@@ -106,10 +108,10 @@ def start_folder(output: Path, run: dict, step: int, action: str, epoch: int = 0
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "config.json", json.dumps(run, indent=1).encode())
     (output / "samples").mkdir(exist_ok=True)
-    for sheet in (output / "samples").glob("epoch-*.png"):  # of epochs after a checkpoint that was lost
-        if sheet.stem[6:].isdigit() and int(sheet.stem[6:]) > epoch:
-            sheet.unlink()
-    _write_rows(output, [row for row in _read_rows(output) if int(row[1]) <= step] if step else [])
+    for drawn in (output / "samples").glob("epoch-*"):  # after a checkpoint that was lost
+        if drawn.stem[6:].isdigit() and int(drawn.stem[6:]) > epoch:
+            shutil.rmtree(drawn) if drawn.is_dir() else drawn.unlink()
+    _write_rows(output, [row for row in read_rows(output) if int(row[1]) <= step] if step else [])
 
 
 def add_metrics(output: Path, row: list) -> None:
@@ -120,7 +122,7 @@ def add_metrics(output: Path, row: list) -> None:
 
 def add_validation_loss(output: Path, step: int, loss: float) -> None:
     """Write the validation loss that followed a step into its row, if the row is there."""
-    rows = _read_rows(output)
+    rows = read_rows(output)
     for row in rows:
         if int(row[1]) == step:
             row[METRICS.index("val_loss")] = str(loss)
@@ -128,7 +130,7 @@ def add_validation_loss(output: Path, step: int, loss: float) -> None:
         _write_rows(output, rows)
 
 
-def _read_rows(output: Path) -> list[list[str]]:
+def read_rows(output: Path) -> list[list[str]]:
     """Of metrics.csv; another program may have written to it: lines that are not rows are dropped."""
     try:
         text = (output / "metrics.csv").read_text(encoding="utf-8", errors="replace")

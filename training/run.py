@@ -9,12 +9,14 @@ import dataclasses
 import importlib.util
 import json
 import os
+import platform
 import shlex
 import signal
 import sys
 import threading
 import time
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from training.files import Interrupted, sha256_of
 
 # Longer than any process lets the others wait while it downloads the base or draws. NCCL would give up after 10 minutes
 PATIENCE = timedelta(hours=12)
+REPORTED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")  # whose versions are written
 
 
 class Run:
@@ -133,7 +136,8 @@ class Run:
         self.waits, self.resumed_from_step, self.base = True, state.step, base
         if self.is_main:
             folder.check_space(self.output, parameters, self.config)
-            about = {"base": str(base.resolve()), "torch": torch.__version__, "device": str(self.device)}
+            about = {"base": str(base.resolve()), "device": str(self.device), "command": self.command}
+            about["versions"] = {"python": platform.python_version()} | {name: version(name) for name in REPORTED}
             folder.start_folder(self.output, self.about | about, state.step, self.action, state.epoch)
             if importlib.util.find_spec("tensorboard") is not None:  # metrics.csv is written anyway
                 from torch.utils.tensorboard import SummaryWriter

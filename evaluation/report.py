@@ -1,0 +1,284 @@
+"""Pictures instead of logs: OUTPUT/report.html, made anew after each epoch; comparison.html of several LoRAs.
+
+One file each, which fetches nothing. Captions, prompts and names are foreign text: all of it is escaped.
+"""
+
+import base64
+import dataclasses
+import json
+import shlex
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from evaluation.curves import Metrics, chart
+from evaluation.pictures import to_webp
+from training.files import write_atomic
+from training.folder import REPORT
+from training.layouts import shown
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+METHOD = Path(__file__).parent.parent / "docs" / "how_it_works.md"
+COMPARISON = "comparison.html"
+MOST_BYTES = 20 * 10**6
+FOR_TEXT = 3 * 10**6  # of them
+MOST_TEXT = 2000  # characters of a prompt, a name or a setting
+LARGEST = 768  # pixels a side of a picture that isn't in samples/
+MOST_LOST = 3  # points by a part that only costs
+IN_WORDS = {  # what full points in a part mean
+    "style": "Tones and strokes are those of your faces",
+    "set distance": "All in all the pictures look like your faces",
+    "coherence": "Faces are whole: nothing smeared, doubled or out of place",
+    "adherence": "The pictures show what the prompts ask for",
+    "novelty": "No picture is a copy of a training face",
+    "diversity": "Pictures differ from each other, as faces do",
+}
+
+
+def write_report(output: Path, config, log, sentence: str = "", use: str = "", evaluated=None, **known) -> None:
+    """Write output/report.html from what is in the folder; if that fails, for whatever reason, one line says so.
+
+    sentence: what to think of the run, its first line. use: see use_it(). evaluated: (Evaluation, the LoRA file, its
+    Score) of the exported epoch, with which pictures are then shown. known: see _report_page().
+    """
+    try:
+        if evaluated:
+            evaluation, file, score = evaluated
+            known |= {"rows": evaluation.rows(score), "strengths": evaluation.at_strengths(file, score)}
+        _write(output / REPORT, f"{config.lora_name}: report", _report_page(output, config, sentence, use, **known))
+    except Exception as error:  # a page is not worth a training
+        log(f"{output / REPORT} was not written ({shown(str(error) or repr(error))}); nothing else depends on it")
+
+
+def _report_page(output, config, sentence, use, rows=None, strengths=None, warnings=(), history=(), summary=None):
+    """The parts of a run's page, whether it is finished or not.
+
+    rows, strengths: of contact_sheet(). warnings: lines about the data set. history: see Metrics; without it, what
+    summary.json and metrics.csv have. summary: of a run about to finish; without it, summary.json.
+    """
+    about, best, scores = (_read(output / name) for name in ("config.json", "best.json", "scores.json"))
+    summary = _read(output / "summary.json") if summary is None else summary
+    best, scores = (best, scores) if summary else ({}, {})  # else of a former end, from which the run goes on
+    metrics, album, grid = Metrics(output, history or summary.get("validation", ())), Album(), Grid(output / "samples")
+    losses = [loss for _, loss in metrics.validation]
+    reason = f"Epoch {best['epoch']} is the best: {best['reason']}" if best else ""
+    done = f"Epoch {metrics.epoch} of {config.num_train_epochs} is done; reload this page after the next"
+    when = f"finished, {summary['epochs_run']} of {config.num_train_epochs} epochs" if summary else "still training"
+    yield f'<p class="soft">{escape(config.lora_name)}: {when}</p>\n<h1>{_text(sentence or reason or done)}</h1>\n'
+    yield f"<p>{_text(reason)}</p>\n" if sentence else ""
+    if len(losses) > 1:
+        told = f"{losses[0]:.4f} -> {min(losses):.4f}: the error on faces that are never trained on; lower is better."
+        yield f'<p class="soft">Validation loss {escape(told)}</p>\n'
+    yield _section("Before and after", _cards(album, *rows) if rows else grid.before_after(album))
+    yield _section("How strong? 1 is as trained", _cards(album, *strengths) if strengths else "")
+    yield _section("Epoch by epoch", grid.html(album, best.get("epoch")))
+
+    title = "Training loss: each step, and the mean of the last epoch"
+    curves = chart("Validation loss, and its standard error", {"": metrics.validation}, metrics.band)
+    curves += chart(title, {"": metrics.smooth("w_loss")}, faint=metrics.points("w_loss"))
+    curves += chart("Learning rate", {"": metrics.points("lr")})
+    scored = [row for row in best.get("candidates", ()) if isinstance(row["score"], float)]
+    intervals = [(row["epoch"], *row["interval"]) for row in scored]
+    title = "Score of the candidates, and its interval of 95 %"
+    curves += chart(title, {"": [(row["epoch"], row["score"]) for row in scored]}, intervals)
+    yield _section("Curves", curves and f'<div class="cards">{curves}</div>\n')
+
+    yield _score(scores, summary.get("score_in_words"))
+    lines = "".join(f"<li>{_text(line)}</li>\n" for line in warnings)
+    yield _section("The data set: what to look at", lines and f"<ul>\n{lines}</ul>\n")
+    yield _settings(about, dataclasses.asdict(type(config)()))
+    lines = (line.partition(": ") for line in use.splitlines())
+    yield _section("Use it", "".join(f"<p>{_text(where)}</p>\n<pre>{_text(what)}</pre>\n" for where, _, what in lines))
+    yield '<p class="soft">This page shows captions and folders of yours; what to give away is in share/.</p>\n'
+
+
+def write_comparison(folder: Path, evaluation, scored: dict, runs: dict, sentence: str) -> Path:
+    """Write folder/comparison.html: several LoRAs, {name: Score}; runs: {name: its training's folder or None}."""
+    columns, shown, runs = (
+        {"base alone": evaluation.of_base} | scored,
+        evaluation.shown(),
+        {n: f for n, f in runs.items() if f},
+    )
+    abouts = {name: _read(run / "config.json").get("constants", {}) for name, run in runs.items()}
+    metrics = {name: Metrics(run, _read(run / "summary.json").get("validation", ())) for name, run in runs.items()}
+    entries = {name: score.as_json().get("score") for name, score in columns.items()}
+    scores = "".join(_bar(name, entry["value"], 10, _interval(entry)) for name, entry in entries.items() if entry)
+    rows = [[score.features.pixels[number] for score in columns.values()] for number in shown]
+    constants = dict.fromkeys(constant for about in abouts.values() for constant in about)
+    table = [[constant, *(about.get(constant) for about in abouts.values())] for constant in constants]
+    curves = chart("Validation loss", {name: of.validation for name, of in metrics.items()})
+    curves += chart(
+        "Training loss, mean of the last epoch", {name: of.smooth("w_loss") for name, of in metrics.items()}
+    )
+    page = [f"<h1>{_text(sentence)}</h1>\n", _section("Score", f'<div class="cards">{scores}</div>\n')]
+    page += [_section("The same prompts", _cards(Album(), rows, list(columns), [evaluation.texts[n] for n in shown]))]
+    page += [_section("Curves", curves and f'<div class="cards" style="--least:480px">{curves}</div>\n')]
+    differ = [row for row in table if any(value != row[1] for value in row[1:])]
+    page += [_section("Settings that differ", _table(["", *abouts], differ))]
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / COMPARISON, "Comparison", page)
+    return folder / COMPARISON
+
+
+def _write(file: Path, title: str, body) -> None:
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(title=escape(title), body="".join(body))
+    write_atomic(file, page.encode("utf-8", "backslashreplace"), flush=False)
+
+
+def _read(file: Path) -> dict:
+    """A JSON object; {} if it isn't there, or is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _text(value) -> str:
+    """Foreign text, or a setting, for the page."""
+    return escape((" / ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))[:MOST_TEXT])
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+class Album:
+    """Pictures as <img>, as long as the page has room for them."""
+
+    def __init__(self):
+        self.room = MOST_BYTES - FOR_TEXT
+
+    def add(self, picture: np.ndarray | Path, alt: str) -> str:
+        """A picture (H, W, 3), uint8, or a WebP file."""
+        content = picture.read_bytes() if isinstance(picture, Path) else to_webp(picture, LARGEST)
+        data = base64.b64encode(content).decode()
+        self.room -= len(data) + 500
+        if self.room < 0:
+            return '<p class="soft">no room on this page</p>'
+        small = ' class="small"' if content[12:16] == b"VP8L" else ""  # without loss, as only small ones are
+        return f'<img{small} alt="{_text(alt)}" src="data:image/webp;base64,{data}">'
+
+
+def _cards(album: Album, rows: list[list], titles: list[str], captions: list[str]) -> str:
+    """A card per caption, with a picture per title; see contact_sheet(). Pictures: see Album.add()."""
+    cards = ""
+    for pictures, caption in zip(rows, captions, strict=True):
+        both = zip(pictures, map(_text, titles), strict=True)
+        figures = (f"<figure>{album.add(of, '')}<figcaption>{title}</figcaption></figure>" for of, title in both)
+        row = f'<div class="row" style="--n:{len(titles)}">{"".join(figures)}</div>'
+        cards += f'<article><p class="prompt">{_text(caption)}</p>{row}</article>\n'
+    return cards and f'<div class="cards" style="--least:{150 * min(4, len(titles))}px">\n{cards}</div>\n'
+
+
+class Grid:
+    """The pictures in samples/. epochs: {epoch: {(prompt, which of its pictures): file}}; rows: of the newest epoch."""
+
+    def __init__(self, samples: Path):
+        self.epochs: dict[int, dict] = {}
+        for prompts in samples.glob("epoch-*/prompts.json"):
+            epoch, drawn = prompts.parent.name[6:], {}
+            if not epoch.isdigit() or not prompts.parent.with_suffix(".png").is_file():  # not ours, or half drawn
+                continue
+            texts = json.loads(prompts.read_text(encoding="utf-8"))
+            for number, text in enumerate(texts):
+                drawn[text, texts[:number].count(text)] = prompts.with_name(f"{number + 1:02d}.webp")
+            self.epochs[int(epoch)] = drawn
+        self.epochs = dict(sorted(self.epochs.items()))
+        self.rows = list(self.epochs[max(self.epochs)]) if self.epochs else []
+
+    def before_after(self, album: Album) -> str:
+        """The base's pictures beside those of the newest epoch; "" until there are both."""
+        if 0 not in self.epochs or len(self.epochs) < 2:
+            return ""
+        first, newest, both = self.epochs[0], max(self.epochs), [row for row in self.rows if row in self.epochs[0]]
+        rows = [[first[row], self.epochs[newest][row]] for row in both]
+        return _cards(album, rows, ["base", f"epoch {newest}"], [text for text, _ in both])
+
+    def _size(self, epochs: set[int]) -> float:
+        """Bytes of their pictures in the page."""
+        return sum(1.4 * file.stat().st_size + 600 for epoch in epochs for file in self.epochs[epoch].values())
+
+    def html(self, album: Album, best: int | None) -> str:
+        """A strip of pictures per prompt, from the first to the last epoch; of fewer epochs, if there isn't room."""
+        some, kept = list(self.epochs), {best, *list(self.epochs)[-1:]} & self.epochs.keys()
+        while len(some) > 1 and self._size({*some, *kept}) > album.room:
+            some = [epoch for epoch in some if epoch not in kept][::2]
+        columns = sorted({*some, *kept})
+        lines = ""
+        for number, row in enumerate(self.rows):
+            cells = ""
+            for column, epoch in enumerate(columns):
+                if row in self.epochs[epoch]:
+                    title, is_best = f"epoch {epoch}" if epoch else "base", " class=best" if epoch == best else ""
+                    place = f'data-row="{number}" data-column="{column}" tabindex="{-(number + column > 0)}"'
+                    picture = album.add(self.epochs[epoch][row], "")
+                    cells += f"<button {place}{is_best}>{picture}<figcaption>{title}</figcaption></button>"
+            lines += f'<div><p class="prompt">{_text(row[0])}</p><div class="strip">{cells}</div></div>\n'
+        told = "Arrow keys move; a click or Enter shows a picture beside the base's at full size."
+        if len(columns) < len(self.epochs):
+            told += f" Shown are {len(columns)} of {len(self.epochs)} epochs; all are in samples/."
+        return lines and f'<p>{told}</p>\n<div class="scroll" style="--n:{len(columns)}">{lines}</div>\n'
+
+
+# Numbers and words ------------------------------------------------------------------------------------------------
+
+
+def _bar(title: str, value: float, of: float, told: str, link: str = "") -> str:
+    """A card with a bar as long as the value's share of what can be had; in another colour if it is below 0."""
+    bar = f'<div class="bar c{int(value < 0)}"><b style="width:{min(1, abs(value) / of):.1%}"></b></div>'
+    return f'<section><p>{_text(title)}</p>{bar}<p class="soft">{_text(told)} {link}</p></section>\n'
+
+
+def _interval(entry: dict) -> str:
+    low, high = entry["interval"]
+    return f"{entry['value']:.1f} ({low:.1f} to {high:.1f}) of 10"
+
+
+def _score(scores: dict, words: str | None) -> str:
+    """A bar for each part that gives or costs points; below them what the docs say of each."""
+    own, bars, below = scores.get("lora", {}), "", ""
+    text = METHOD.read_text(encoding="utf-8") if METHOD.is_file() else ""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    meanings = {cells[0]: "; ".join(cells[2:]).replace("`", "") for cells in rows if len(cells) > 2}
+    for name, entry in own.items():
+        if not isinstance(entry, dict) or "points" not in entry:
+            continue
+        told = f"{name}: {entry['points']:.1f}" + (f" of {entry['of']}" if entry["of"] else " (it can only cost)")
+        for column, title in (("base", "base"), ("held_out_faces", "real faces")):
+            other = scores[column].get(name) if isinstance(scores.get(column), dict) else None
+            told += f", {title} {other['points']:.1f}" if isinstance(other, dict) else ""
+        anchor = f"part-{name.replace(' ', '-')}"
+        link = f'<a href="#{escape(anchor)}">what it means</a>' if name in meanings else ""
+        bars += _bar(IN_WORDS.get(name, name), entry["points"], entry["of"] or MOST_LOST, told, link)
+        below += f'<p id="{escape(anchor)}"><b>{_text(name)}</b>: {_text(meanings[name])}</p>\n' if link else ""
+    if not bars:
+        return ""
+    title = f"Score: {words or _interval(own['score'])}"
+    return _section(title, f'<div class="cards">{bars}</div>\n<div class="soft">{below}</div>\n')
+
+
+def _table(heads: list[str], rows: list[list]) -> str:
+    lines = [[f"<td>{_text(cell)}</td>" for cell in row] for row in rows]
+    lines = [[f"<th>{_text(head)}</th>" for head in heads], *lines]
+    table = "".join(f"<tr>{''.join(line)}</tr>\n" for line in lines)
+    return f'<div class="wide"><table>{table}</table></div>\n' if rows else "<p>none</p>\n"
+
+
+def _settings(about: dict, defaults: dict) -> str:
+    """What differs from the constants in train_manga_lora.py, and all; command, versions, seed."""
+    constants, defaults = about.get("constants", {}), json.loads(json.dumps(defaults))  # tuples become lists
+    differ = [[name, value, defaults.get(name)] for name, value in constants.items() if value != defaults.get(name)]
+    every = (
+        f"<details><summary>all settings</summary>{_table(['', ''], list(map(list, constants.items())))}</details>\n"
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in about.get("versions", {}).items())
+    told = f"seed {constants.get('seed')}; {about.get('device')}, {about.get('precision')}; {versions}"
+    command = f"<pre>{_text(shlex.join(about['command']))}</pre>\n" if about.get("command") else ""
+    made = _section("How it was made", f'{command}<p class="soft">{_text(told)}</p>\n')
+    return _section("Settings that differ from the defaults", _table(["", "here", "default"], differ) + every) + made
