@@ -278,7 +278,7 @@ def _settings(about: dict, defaults: dict) -> str:
         f"<details><summary>all settings</summary>{_table(['', ''], list(map(list, constants.items())))}</details>\n"
     )
     versions = ", ".join(f"{name} {number}" for name, number in about.get("versions", {}).items())
-    told = f"seed {constants.get('seed')}; {about.get('device')}, {about.get('precision')}; {versions}"
+    told = f"seed {constants.get('seed')}; device {about.get('device')}, precision {about.get('precision')}; {versions}"
     command = f"<pre>{_text(shlex.join(about['command']))}</pre>\n" if about.get("command") else ""
     made = _section("How it was made", f'{command}<p class="soft">{_text(told)}</p>\n')
     return _section("Settings that differ from the defaults", _table(["", "here", "default"], differ) + every) + made
