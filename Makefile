@@ -27,5 +27,5 @@ test-long: .venv/installed-tests
 	touch $@
 
 .venv/installed-tests: .venv/installed
-	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt hypothesis pytest pytest-xdist ruff
+	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt hypothesis pytest pytest-xdist ruff selenium
 	touch $@

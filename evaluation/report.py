@@ -63,6 +63,7 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
     best, scores = (best, scores) if summary else ({}, {})  # else of a former end, from which the run goes on
     metrics, album, grid = Metrics(output, history or summary.get("validation", ())), Album(), Grid(output / "samples")
     losses = [loss for _, loss in metrics.validation]
+    sentence = sentence or summary.get("verdict", "")
     reason = f"Epoch {best['epoch']} is the best: {best['reason']}" if best else ""
     done = f"Epoch {metrics.epoch} of {config.num_train_epochs} is done; reload this page after the next"
     when = f"finished, {summary['epochs_run']} of {config.num_train_epochs} epochs" if summary else "still training"

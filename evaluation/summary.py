@@ -9,6 +9,7 @@ from evaluation.report import write_report
 from evaluation.share import use_it, write_share
 from training.checkpoint import LORA_FILES, TrainingState
 from training.files import write_atomic
+from training.folder import REPORT
 from training.memory import free_memory, peak_memory_mib
 
 
@@ -74,5 +75,4 @@ def print_summary(summary: dict, config, state: TrainingState, run) -> None:
     speed = f"{summary['images_per_s']:.1f} images/s, peak memory {summary['peak_memory_mib']:.0f} MiB"
     run.log(f"{speed}, {summary['seconds']:.0f} s in all{first_step}")
     run.log(f"Your LoRA: {summary['lora_safetensors']} (the same as .bin beside it)")
-    if config.sample_prompts:
-        run.log(f"Now look at {run.output / 'before_after.png'}")
+    run.log(f"Now look at {run.output / REPORT}")
