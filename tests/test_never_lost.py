@@ -794,7 +794,7 @@ def test_a_disk_that_is_too_small_is_told_before_step_1_and_nothing_is_written(c
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**24))
     monkeypatch.setattr(trainer, "train_step", lambda *_: pytest.fail("a step was made"))
-    with pytest.raises(trainer.Stop, match=r"may take 3\d MiB more .*16 MiB free.*choose another output_dir") as stop:
+    with pytest.raises(trainer.Stop, match=r"may take 6\d MiB more .*16 MiB free.*choose another output_dir") as stop:
         trainer.main(config)
     assert stop.value.exit_code == 3 and str(config.output_dir) in str(stop.value)
     assert not os.path.exists(config.output_dir)

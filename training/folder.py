@@ -146,10 +146,10 @@ def _write_rows(output: Path, rows: list[list[str]]) -> None:
 
 
 def check_space(output: Path, parameters: int, config) -> None:
-    """Raises Stop(3) if the disk can't hold what the run may still write. Pictures and logs count 32 MiB."""
+    """Raises Stop(3) if the disk can't hold what the run may still write. Pictures, pages and logs count 64 MiB."""
     checkpoint, files = 3 * 4 * parameters, 2 * 2 * parameters  # weights, two moments: float32; two files: float16
     checkpoints = 1 + min(config.keep_checkpoints, config.num_train_epochs)  # the new one before an old one goes
-    needed = checkpoints * checkpoint + (config.num_train_epochs + 3) * files + 2**25
+    needed = checkpoints * checkpoint + (config.num_train_epochs + 3) * files + 2**26
     present = (file for name in PRODUCTS for path in [output / name] for file in [path, *path.rglob("*")])
     held = sum(file.stat().st_size for file in present if file.is_file())
     needed = max(needed - held, checkpoint + files)
