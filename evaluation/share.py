@@ -56,14 +56,16 @@ def _python(config, base: str, lora: str, device: str = "cpu") -> list[str]:
 
 
 def use_it(run, config, base: Path) -> str:
-    """Three lines that work as they are: Python, a prompt for A1111, the folder to copy from."""
+    """Lines that work as they are: Python, a prompt for A1111, the node for ComfyUI, the folder to copy from."""
     named = str(base) if single_file(config.pretrained_model) else config.pretrained_model
     python = "; ".join(_python(config, named, str(run.output / LORA_FILES[1]), run.device.type))
     skip = f"   (Clip skip: {config.clip_skip})" if config.clip_skip > 1 else ""
     prompt = f"<lora:{config.lora_name}:1> {' '.join(_prompt(config).split())}{skip}"
-    web = prompt if run.labels["ss_base_model_version"] == "sd_v1" else "not with this base, which is no SD 1.5"
+    node = f'"Load LoRA" between checkpoint and sampler, {config.lora_name}.safetensors, strength 1{skip}'
+    if run.labels["ss_base_model_version"] != "sd_v1":
+        prompt = node = "not with this base, which is no SD 1.5"
     copy = f"{config.lora_name}.* from {run.output / 'share'} to models/Lora (ComfyUI: models/loras)"
-    return f"In Python: {python}\nIn A1111, Forge: {web}\nCopy: {copy}"
+    return f"In Python: {python}\nIn A1111, Forge: {prompt}\nIn ComfyUI: {node}\nCopy: {copy}"
 
 
 def model_card(config, labels: dict, images: dict[str, str], summary: dict) -> str:

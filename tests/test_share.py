@@ -149,13 +149,14 @@ def test_the_printed_python_works_as_it_is_and_draws_with_lora_and_clip_skip(sha
 
 def test_the_prompt_for_a1111_is_printed_where_it_can_load_the_file(shared):
     config, folder, printed = shared
-    assert "In A1111, Forge: not with this base, which is no SD 1.5" in printed
+    for program in ("A1111, Forge", "ComfyUI"):
+        assert f"In {program}: not with this base, which is no SD 1.5" in printed
     assert f"Copy: my_style.* from {folder} to models/Lora" in printed
     labels, cpu = {"ss_base_model_version": "sd_v1"}, torch.device("cpu")
     fake = type("Run", (), {"labels": labels, "output": pathlib.Path("out"), "device": cpu})
     lines = share.use_it(fake, config, pathlib.Path("base")).splitlines()
     assert lines[1] == 'In A1111, Forge: <lora:my_style:1> sks style, a "manga" face: sad   (Clip skip: 2)'
-    assert len(lines) == 3
+    assert lines[2].startswith('In ComfyUI: "Load LoRA"') and len(lines) == 4
 
 
 def test_without_pictures_the_folder_is_complete_but_for_them(tiny_config):
