@@ -61,7 +61,8 @@ def use_it(run, config, base: Path) -> str:
     python = "; ".join(_python(config, named, str(run.output / LORA_FILES[1]), run.device.type))
     skip = f"   (Clip skip: {config.clip_skip})" if config.clip_skip > 1 else ""
     prompt = f"<lora:{config.lora_name}:1> {' '.join(_prompt(config).split())}{skip}"
-    node = f'"Load LoRA" between checkpoint and sampler, {config.lora_name}.safetensors, strength 1{skip}'
+    node = f'"Load LoRA" between checkpoint and sampler, {config.lora_name}.safetensors, strength 1'
+    node += f'; "CLIP Set Last Layer" {-config.clip_skip}' if config.clip_skip > 1 else ""
     if run.labels["ss_base_model_version"] != "sd_v1":
         prompt = node = "not with this base, which is no SD 1.5"
     copy = f"{config.lora_name}.* from {run.output / 'share'} to models/Lora (ComfyUI: models/loras)"
