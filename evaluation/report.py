@@ -115,7 +115,7 @@ def write_comparison(folder: Path, evaluation, scored: dict, runs: dict, sentenc
     )
     page = [f"<h1>{_text(sentence)}</h1>\n", _section("Score", f'<div class="cards">{scores}</div>\n')]
     page += [_section("The same prompts", _cards(Album(), rows, list(columns), [evaluation.texts[n] for n in shown]))]
-    page += [_section("Curves", curves and f'<div class="cards" style="--least:480px">{curves}</div>\n')]
+    page += [_section("Curves", curves and f'<div class="cards">{curves}</div>\n')]
     differ = [row for row in table if any(value != row[1] for value in row[1:])]
     page += [_section("Settings that differ", _table(["", *abouts], differ))]
     folder.mkdir(parents=True, exist_ok=True)

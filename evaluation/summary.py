@@ -40,7 +40,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
             "images_seen": state.images_seen,
             "val_loss_start": state.start_loss,
             "val_loss_best": best_loss,
-            "validation": state.history,  # epoch, loss, its standard error
+            "validation": [list(row) for row in state.history],  # epoch, loss, its standard error
             "val_ratio": best_loss / state.start_loss if state.start_loss and best_loss else None,
             "images_per_s": state.images_seen / max(state.train_seconds, 1e-9),
             "peak_memory_mib": peak_mib,

@@ -153,6 +153,7 @@ def test_the_summary_has_every_promised_field_and_they_agree(finished):
         "score_base",
         "score_lora",
         "best_reason",
+        "validation",
     ):
         assert name in summary, name
     assert (summary["epochs_run"], summary["optimizer_steps"], summary["images_seen"]) == (1, 3, 16)
@@ -202,7 +203,7 @@ def test_the_sheet_of_epoch_0_is_the_base_s_own_and_drawing_changes_no_weight(fi
     expected = original(pipe, {"prompt": list(config.sample_prompts)}, [config.seed] * 2, config)
     assert np.abs(drawn[0].astype(int) - expected).max() <= 1
     assert np.abs(drawn[1].astype(int) - drawn[0]).max() > 1
-    assert len(os.listdir(os.path.join(again.output_dir, "samples"))) == 2
+    assert len(os.listdir(os.path.join(again.output_dir, "samples"))) == 2 * 2  # a sheet and its pictures
 
 
 def test_nothing_is_encoded_twice(tiny_config, monkeypatch):
