@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from conftest import SD15_CONFIG
 from safetensors.torch import load_file, save_file
 
 from evaluation.any_lora import find_lora, fit, put_on, read_lora
@@ -229,6 +230,37 @@ def test_a_pickle_of_tensors_draws_what_the_safetensors_does(new_pipe, tmp_path,
     file = written(tmp_path, kohya, random_lora(new_pipe(), ATTENTION))
     torch.save(load_file(file), tmp_path / f"theirs{suffix}")
     assert torch.equal(load(new_pipe(), file), load(new_pipe(), tmp_path / f"theirs{suffix}"))
+
+
+def test_all_264_layers_of_kohya_s_sd15_lora_find_their_place(tmp_path):
+    """Its trainer says "create LoRA for Text Encoder: 72 modules" and "for U-Net: 192 modules"."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15_CONFIG)
+        text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072))
+    tensors = {}
+
+    def add(prefix, root, parents):  # as kohya does: every linear layer and convolution in modules of these classes
+        for name, module in root.named_modules():
+            if type(module).__name__ not in parents:
+                continue
+            for path, layer in module.named_modules():
+                if type(layer).__name__ in ("Linear", "LoRACompatibleLinear", "Conv2d"):
+                    (out, width), kernel = layer.weight.shape[:2], layer.weight.shape[2:]
+                    full = f"{prefix}.{name}.{path}".replace(".", "_")
+                    tensors[f"{full}.lora_down.weight"] = torch.zeros(1, width, *kernel, dtype=torch.float16)
+                    tensors[f"{full}.lora_up.weight"] = torch.zeros(out, 1, *kernel, dtype=torch.float16)
+                    tensors[f"{full}.alpha"] = torch.tensor(1.0)
+
+    add("lora_unet", unet, ("Transformer2DModel",))
+    prefix = "lora_te" if hasattr(text_encoder, "text_model") else "lora_te_text_model"  # as transformers 4 has it
+    add(prefix, text_encoder, ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"))
+    save_file(tensors, file := tmp_path / "theirs.safetensors")
+    parts = read_lora(file)
+    fitted = fit(file, parts, unet, text_encoder)
+    assert {name: len(layers) for name, layers in fitted.items()} == {"unet": 192, "text_encoder": 72}
 
 
 # What isn't a LoRA, or not one for this base: named, in one line ----------------------------------------------------
