@@ -191,9 +191,7 @@ def test_every_layout_draws_as_weights_merged_by_hand_and_is_taken_off_whole(new
     assert torch.equal(outputs(pipe), before)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in LAYOUTS if name != "processors alone"]
-)  # of which diffusers' pipelines take nothing
+@pytest.mark.parametrize("name", [FULL, "diffusers", "processors"])
 def test_every_layout_draws_to_the_bit_what_diffusers_own_loader_makes_of_the_file(new_pipe, tmp_path, name):
     """If all layers have one alpha: of several, diffusers gives all layers in kohya's layout the most frequent one."""
     layout, layers = LAYOUTS[name]
