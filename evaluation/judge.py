@@ -172,7 +172,8 @@ class Judge:
         pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
         blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         pictures = torch.lerp(pictures, blurred, uniform(-0.5, 0.25, 1, 1, 1))
-        pictures = pictures * uniform(0.92, 1.03, 1, 1, 1) + uniform(-0.04, 0.04, 1, 1, 1) + uniform(-0.03, 0.03, 3, 1, 1)
+        pictures = pictures * uniform(0.92, 1.03, 1, 1, 1) + uniform(-0.04, 0.04, 1, 1, 1)
+        pictures = pictures + uniform(-0.03, 0.03, 3, 1, 1)
         noise = torch.randn(pictures.shape, generator=generator)
         return (pictures + 0.02 * noise).clamp(-1, 1)
 
