@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from evaluation.score import FEWEST, Evaluation, Score
+from evaluation.pictures import FEWEST
+from evaluation.score import Evaluation, Score
 from evaluation.share import examples, thumbnail
 from lora_layers import save_lora_weights, with_metadata
 from training.checkpoint import LORA_FILES, TrainingState, Validated

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-STEPS, BATCH, RATE = 240, 64, 3e-3  # of the training; half of a batch is damaged
+STEPS, BATCH, RATE = 160, 48, 3e-3  # of the training; half of a batch is damaged
 GRID = 32  # pixels a side after the first convolutions
 PASS = 0.95  # of the artist's held-out faces
 
@@ -117,8 +117,8 @@ class Damage:
 def network(side: int) -> nn.Sequential:
     """Pictures (n, 3, S, S) to one number each (n, 1), high for whole faces. The last layer sees what is where."""
     layers, channels = [], 3
-    strides = [2] * int(np.log2(side // GRID)) + [1, 2, 1, 2, 1]
-    for width, stride in zip((12, 16, 24, 32, 40, 40, 48)[-len(strides) :], strides, strict=True):
+    strides = [2] * int(np.log2(side // GRID)) + [2, 1, 2, 1]
+    for width, stride in zip((12, 16, 32, 40, 48, 48)[-len(strides) :], strides, strict=True):
         layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.SiLU()]
         channels = width
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels * (GRID // 4) ** 2, 1))

@@ -17,6 +17,7 @@ from training.memory import free_memory
 
 TILE = 176  # pixels a side of one picture in a contact sheet
 PIXELS_PER_PASS = 2**20  # drawn at a time: 4 pictures of 512 x 512, 8 at the most
+FEWEST = 8  # held-out faces, without which there is no score
 MAX_CAPTIONS = 24  # held-out faces whose captions are drawn; with fewer, as many pictures, of more seeds
 MAX_ATTRIBUTE_PROMPTS = 64  # of the demo's 288
 
@@ -36,10 +37,13 @@ class Jobs:
 
 
 def evaluation_jobs(dataset, config) -> Jobs:
-    """Up to MAX_CAPTIONS held-out faces, evenly chosen, with as many seeds each as it takes to have that many."""
-    faces = dataset.validation
+    """Up to MAX_CAPTIONS held-out faces, evenly chosen, with as many seeds each as it takes to have that many.
+
+    Where too few are held out for a score, one seed each; where none are, the captions of training faces.
+    """
+    faces = dataset.validation or dataset.train
     chosen = sorted({round(x) for x in np.linspace(0, len(faces) - 1, min(MAX_CAPTIONS, len(faces)))})
-    each = -(-MAX_CAPTIONS // max(1, len(chosen)))
+    each = -(-MAX_CAPTIONS // len(chosen)) if len(dataset.validation) >= FEWEST else 1
     own = [(faces[number], config.seed + number + len(faces) * turn) for turn in range(each) for number in chosen]
     jobs = [(dataset.texts[dataset.first_text[face]], seed, dataset.faces[face].shape) for face, seed in own]
     square, per_prompt = (config.resolution, config.resolution), config.samples_per_prompt
@@ -49,7 +53,7 @@ def evaluation_jobs(dataset, config) -> Jobs:
         prompts = json.loads((DEMO_ATTRIBUTES / "prompts.json").read_text(encoding="utf-8"))
         some = enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])
         jobs += [(prompt, config.seed + number, square) for number, prompt in some]
-    prompts, seeds, shapes = (list(column) for column in zip(*jobs, strict=True)) if jobs else ([], [], [])
+    prompts, seeds, shapes = (list(column) for column in zip(*jobs, strict=True))
     return Jobs(prompts, seeds, shapes, len(own), samples)
 
 

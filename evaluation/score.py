@@ -19,6 +19,7 @@ from PIL import Image
 from evaluation import measures, pictures
 from evaluation.judge import GRID, Judge
 from evaluation.measures import ATTRIBUTES, LINE_ART
+from evaluation.pictures import FEWEST
 from lora_layers import read_lora_weights
 from training.base_model import load_text_encoder, load_unet, load_vae
 from training.encoding import encode_faces, folder_identity
@@ -26,7 +27,6 @@ from training.files import InputError, write_atomic
 from training.pictures import load_image
 
 MAX_FACES = 250  # training faces that pictures are compared with, and that the judge learns from
-FEWEST = 8  # held-out faces, without which there is no score
 TOO_FEW = f"too few to judge: a score needs {FEWEST} held-out faces"
 EXACT_COPY = 0.01  # faces nearer than this are one picture: copies in a data set must not make copies look usual
 RESAMPLES = 300  # of the bootstrap
@@ -98,23 +98,23 @@ class Features:
     def __init__(self, pixels: list[np.ndarray], texts: list[str], portraits: int, references, network, clip):
         self.pixels, self.texts, self.portraits = pixels, texts, portraits
         own = pixels[:portraits]
-        self.line_art = measures.line_art(own) if own else {}  # each (p,)
+        self.line_art = measures.line_art(own)  # each (p,)
         layout, mirrored = (references.layout_of([p[:, ::turn] for p in pixels]) for turn in (1, -1))
         to_faces = np.minimum(*(measures.distances(some, references.all) for some in (layout, mirrored)))
         self.nearest = to_faces.argmin(axis=1)  # (n,) position in references.names, of the picture or its mirror image
         self.nearest_distance = to_faces.min(axis=1)  # (n,)
         self.is_copy = self.nearest_distance < references.copy_distance  # (n,)
-        self.mix = measures.equal_mix([p.shape[:2] for p in own or pixels], references.shapes)  # (m,)
+        self.mix = measures.equal_mix([p.shape[:2] for p in own], references.shapes)  # (m,)
         self.to_faces = measures.distances(layout[:portraits], references.layout) @ self.mix  # (p,) mean distance
         self.apart = measures.distances(layout[:portraits], layout[:portraits])  # (p, p)
-        has_judge = own and references.judge
-        self.passes = references.judge.passes(measures.squashed(own, references.side)) if has_judge else None  # (p,)
+        small = measures.squashed(own, references.side)
+        self.passes = references.judge.passes(small) if references.judge else None  # (p,)
         self.asked = self.seen = self.clip_margins = None
         if network:
             self.asked = np.array([measures.asked_for(text) for text in texts])  # (n, attributes): 1, 0, NaN
             images = torch.from_numpy(measures.squashed(pixels, 64)).permute(0, 3, 1, 2).float() / 127.5 - 1
             self.seen = torch.cat([network(part) for part in images.split(32)]).numpy() > 0  # (n, attributes)
-        if clip and own:
+        if clip:
             self.clip_margins = measures.clip_margins(clip, own, texts[:portraits])  # (p,)
 
 

@@ -54,6 +54,7 @@ def test_of_the_candidates_the_one_chosen_is_exported_and_best_json_says_why(tin
         num_train_epochs=5,
         early_stopping_patience=0,
         sample_steps=1,
+        validation_share=0.4,  # 8 faces
         sample_prompts=("a face", "another face"),
     )
     summary = trainer.main(config)
@@ -67,11 +68,11 @@ def test_of_the_candidates_the_one_chosen_is_exported_and_best_json_says_why(tin
     assert (best["epoch"], best["step"], best["val_loss"], best["reason"]) == (3, 6, 0.71, "it pleased the test")
     assert [row["epoch"] for row in best["candidates"]] == [2, 3, 5]
     assert [row["val_loss"] for row in best["candidates"]] == [0.70, 0.71, 0.705]
-    assert best["score"] == best["candidates"][1]["score"] == summary["score_lora"]
+    assert best["score"] == best["candidates"][1]["score"] == summary["score"]
     printed = capsys.readouterr().out
     assert "Best epoch: 3 of 5, it pleased the test" in printed
     assert "converged after 2 of 5 epochs" in printed  # 95 % of 0.3 are gained at 0.715
-    assert f"Quality score {summary['score_base']:.1f} -> {summary['score_lora']:.1f} of 10" in printed
+    assert f"Score: {summary['score_in_words']} (0: as the base, {summary['score_maximum']}: as the artist)" in printed
 
 
 def test_without_pictures_there_is_no_score_and_the_lowest_validation_loss_decides(tiny_config, monkeypatch):
@@ -79,7 +80,7 @@ def test_without_pictures_there_is_no_score_and_the_lowest_validation_loss_decid
     monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.05))
     summary = run(tiny_config)
     best = json.loads(pathlib.Path(tiny_config.output_dir, "best.json").read_text())
-    assert (best["epoch"], best["score"], summary["score_lora"]) == (2, "n/a", None)
+    assert (best["epoch"], best["score"], summary["score"]) == (2, "n/a", None)
     assert not os.path.exists(os.path.join(tiny_config.output_dir, "scores.json"))
 
 
