@@ -144,6 +144,22 @@ def faces(tmp_path, demo_faces) -> Path:
     return copy_faces(demo_faces, tmp_path / "faces")
 
 
+STYLES = ("coloured", "grey_toned")  # of tests/styles
+
+
+def write_faces(style: str, folder: Path, count: int = 144) -> Path:
+    """The first faces of a sheet in tests/styles with their captions, as a data set in `folder`."""
+    folder.mkdir(parents=True)
+    sheet = Image.open(ROOT / "tests" / "styles" / f"{style}.png").convert("RGB")
+    captions = json.loads((ROOT / "tests" / "styles" / "captions.json").read_text(encoding="utf-8"))[style][:count]
+    for number in range(count):
+        top, left = number // 12 * 64, number % 12 * 64
+        sheet.crop((left, top, left + 64, top + 64)).save(folder / f"face{number:03d}.png")
+    entries = [{"image_name": f"face{number:03d}", "captions": [text]} for number, text in enumerate(captions)]
+    (folder / "modified_face_250.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder
+
+
 def small_config(folder: Path, faces: Path, base: Path, **changes):
     """A training of 3 epochs of 2 steps on the tiny base, without pictures, in `folder`: a few seconds."""
     from train_manga_lora import TrainingConfig
