@@ -122,10 +122,10 @@ def demo_faces() -> Path:
     return ROOT / "demo" / "faces"
 
 
-def copy_faces(demo_faces: Path, folder: Path) -> Path:
-    """The first 20 of the demo's faces and their captions: 16 to train on, 4 held out."""
+def copy_faces(demo_faces: Path, folder: Path, count: int = 20) -> Path:
+    """The first of the demo's faces and their captions; of 20 there are 16 to train on and 4 held out."""
     folder.mkdir()
-    entries = json.loads((demo_faces / "modified_face_250.json").read_text(encoding="utf-8"))[:20]
+    entries = json.loads((demo_faces / "modified_face_250.json").read_text(encoding="utf-8"))[:count]
     for entry in entries:
         shutil.copy(demo_faces / f"{entry['image_name']}.png", folder)
     (folder / "modified_face_250.json").write_text(json.dumps(entries), encoding="utf-8")
