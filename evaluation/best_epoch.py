@@ -97,9 +97,8 @@ def _intact_candidates(output: Path, state: TrainingState, log) -> dict[int, Pat
 def _row(validated: Validated, score: Score | None) -> dict:
     """A candidate as best.json shows it; what is not known is "n/a"."""
     row = {"epoch": validated.epoch, "val_loss": validated.loss, "standard_error": validated.error}
-    has_score = score is not None and score.score is not None
-    row |= {"score": score.score if has_score else None}
-    row |= {"interval": score.interval("points: score") if has_score else None}
+    known = score if score is not None and score.score is not None else None
+    row |= {"score": known and known.score, "interval": known and known.interval("points: score")}
     return {name: "n/a" if value is None else value for name, value in row.items()}
 
 
