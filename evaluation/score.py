@@ -166,7 +166,7 @@ def nearness(own: dict[str, float], base: dict[str, float]) -> dict[str, float]:
 
     of_sets = math.sqrt(max(0, own["set distance"]) / base["set distance"]) if base["set distance"] > 0 else math.nan
     result = {"style": 1 - math.sqrt(style(own) / style(base)), "set distance": 1 - of_sets}
-    return result | {name: min(1, own[name]) for name in ("coherence", "adherence", "novelty", "diversity")}
+    return result | {name: float(np.minimum(1, own[name])) for name in ("coherence", "adherence", *COSTS)}  # NaN stays
 
 
 class Ends:
@@ -205,8 +205,8 @@ class Ends:
             if name in self.evidence and near[name] > low:
                 shares[name] = min(1, (near[name] - low) / (high - low))
             else:
-                lost = near[name] - (low if name in self.evidence else np.nanmin([low, high]))
-                shares[name] = float(np.clip(lost, -1, 0))  # NaN stays
+                start = low if name in self.evidence else float(np.fmin(low, high))  # fmin: of what is known
+                shares[name] = float(np.clip(near[name] - start, -1, 0))  # NaN stays
         return shares | {"score": sum(of * shares[n] for n, of in (POINTS | COSTS).items() if math.isfinite(shares[n]))}
 
 
