@@ -853,7 +853,7 @@ def locked_down(tmp_path_factory, shared_faces, tiny_base):
 @OFFLINE
 def test_training_export_and_evaluation_need_no_network(locked_down, record_property):
     folder, report = locked_down
-    assert "Your LoRA: " in report["out"] and report["out"].count("quality score") == 2
+    assert "Your LoRA: " in report["out"] and report["out"].count("copies of training faces") == 2
     assert {"summary.json", "scores.json", "pytorch_lora_weights.bin"} <= set(os.listdir(folder / "work" / "out"))
     record_property("cases", 3)
 
