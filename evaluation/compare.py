@@ -12,7 +12,10 @@ def table(evaluation: Evaluation, scored: dict[str, Score]) -> str:
     """A row each for the base, the LoRAs by name and held-out faces: score with interval, the parts' shares."""
     held_out = evaluation.judge_held_out()
     if held_out is None:
-        lines = [TOO_FEW, *(f"{name}: copies of training faces: {len(score.copies())}" for name, score in scored.items())]
+        lines = [
+            TOO_FEW,
+            *(f"{name}: copies of training faces: {len(score.copies())}" for name, score in scored.items()),
+        ]
         return "\n".join(lines)
     rows = {"base alone": evaluation.of_base} | scored | {"held-out faces": held_out}
     width = max(20, *(len(name) + 2 for name in rows))
