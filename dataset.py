@@ -30,7 +30,7 @@ from training.captions import kind_of, packs, shuffles, tidy_tags
 from training.files import InputError, sha256_of
 from training.framing import MUCH_CUT, frame_picture, ink_cut
 from training.layouts import IMAGE_SUFFIXES, find_image, read_layout, shown, some_of, unread_pictures, why_missing
-from training.pictures import centred_box, colour_share, dhashes, load_image, read_picture
+from training.pictures import colour_share, dhashes, load_image, read_picture
 
 NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two most similar faces 13
 FACE_WORDS = {"alone", "back", "bottom", "cry", "empty", "fire", "front"}  # on scikit-learn's list of stop words, but
@@ -411,11 +411,6 @@ class MangaFaceDataset:
         order = self.epoch_order(0)
         areas = np.array([math.prod(self.faces[self.train[position]].shape) for position in order])
         return np.resize(order[areas == areas.max()], min(size, len(order)))
-
-    def square_crop(self, face: int) -> tuple[tuple[float, ...], tuple[int, int]]:
-        """(box, shape) of a face's centre square, for what compares pictures of one shape."""
-        of_face, square = self.faces[face], (self.resolution, self.resolution)
-        return (of_face.box if of_face.shape == square else centred_box(of_face.frame, square)), square
 
     def report(self, tokenizer=None, warnings: Sequence[str] = ()) -> str:
         """What a person should know before training: faces, what is skipped or cut, the weights and their reasons."""

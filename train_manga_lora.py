@@ -388,22 +388,16 @@ def end_epoch(run: Run, model: Model, state: TrainingState) -> None:
 def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: TrainingState) -> None:
     """Validate, keep the epoch's LoRA if it may turn out to be the best, save. Does nothing if a signal comes."""
     epoch, held_out = state.epoch, data.dataset.validation
-
-    def validate_with(scheduler, unet=model.unet) -> tuple[float, float] | None:
-        faces, process = held_out or data.dataset.train[:8], (run.rank, run.world)
-        parts = (unet, scheduler, data.dataset, data.encoded, config.seed, process)
-        return validate(*parts, lambda: run.is_stopping, faces)
-
-    found = validate_with(model.scheduler) if held_out or not epoch else (None, None)
+    process, faces = (run.rank, run.world), held_out or data.dataset.train[:8]
+    rest = (data.dataset, data.encoded, config.seed, process, lambda: run.is_stopping, faces)
+    found = validate(model.unet, model.scheduler, *rest) if held_out else (None, None)
     if found is None:
         return
     if not epoch:  # the base as it is: does it fit?
-        check_prediction(validate_with, model.scheduler, found[0], run.base, run.log)
-    if not held_out:
-        found = (None, None)
-    elif not math.isfinite(found[0]):
+        check_prediction(model.unet, model.scheduler, rest, found[0], run.base, run.log)
+    if held_out and not math.isfinite(found[0]):
         raise Stop(4, f"the validation loss after epoch {epoch} is {found[0]}. {NOTHING_EXPORTED}")
-    else:
+    if held_out:
         run.add_validation(state.step, found[0])
     state.history.append(Validated(epoch, *found))
     if held_out:

@@ -271,8 +271,8 @@ def run(job: tuple[str, int, int, float, Path]) -> dict:
         if not pictures.is_file():
             score = evaluation().judge(Path(summary["lora_safetensors"]))
             np.savez_compressed(pictures, pictures=score.features.pixels)
-        score = evaluation().judge_pictures(np.load(pictures)["pictures"])
-    accuracy = {name: score.value[f"adherence: {name}"] for name in (*RARE, *COMMON)}
+        score = evaluation().judge_pictures(list(np.load(pictures)["pictures"]))
+    accuracy = {name: (1 + score.value[f"adherence: {name}"]) / 2 for name in (*RARE, *COMMON)}
     result = {
         "row": row,
         "seed": seed,
@@ -284,7 +284,7 @@ def run(job: tuple[str, int, int, float, Path]) -> dict:
         "score": score.score,
         "parts": {
             name: score.value[f"points: {name}"]
-            for name in ("style", "set distance", "adherence", "novelty", "diversity")
+            for name in ("style", "set distance", "coherence", "adherence", "novelty", "diversity")
         },
         "accuracy": accuracy,
         "rare": statistics.fmean(accuracy[name] for name in RARE),

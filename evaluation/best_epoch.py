@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.pictures import evaluation_prompts
+from evaluation.pictures import FEWEST
 from evaluation.score import Evaluation, Score
 from evaluation.share import examples, thumbnail
 from lora_layers import save_lora_weights, with_metadata
@@ -68,7 +68,7 @@ def choose_best(epochs: list[int], scored: dict[int, Score]) -> tuple[int, str]:
     if len(epochs) == 1:
         return epochs[0], "the only candidate: no later epoch is within a standard error of the lowest validation loss"
     if not scored:
-        return epochs[0], "the lowest validation loss (no pictures, so no scores)"
+        return epochs[0], "the lowest validation loss (no scores: no pictures, or too few held-out faces)"
     highest = max(scored, key=lambda epoch: (scored[epoch].score, -epoch))
     best = next(epoch for epoch in sorted(scored) if epoch == highest or not scored[highest].beats(scored[epoch]))
     of, score = f"of {len(scored)} candidates scored", f"{scored[best].score:.2f}"
@@ -97,7 +97,8 @@ def _intact_candidates(output: Path, state: TrainingState, log) -> dict[int, Pat
 def _row(validated: Validated, score: Score | None) -> dict:
     """A candidate as best.json shows it; what is not known is "n/a"."""
     row = {"epoch": validated.epoch, "val_loss": validated.loss, "standard_error": validated.error}
-    row |= {"score": score and score.score, "interval": score and score.interval("points: score")}
+    known = score if score is not None and score.score is not None else None
+    row |= {"score": known and known.score, "interval": known and known.interval("points: score")}
     return {name: "n/a" if value is None else value for name, value in row.items()}
 
 
@@ -110,13 +111,14 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     output, candidates = run.output, _intact_candidates(run.output, state, run.log)
     epochs, scored, evaluation = list(candidates), {}, None
     if config.sample_prompts:
+        can_score = len(dataset.validation) >= FEWEST
         spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them
-        jobs, _ = evaluation_prompts(dataset, config)
-        pictures = f"{len(jobs)} pictures each of the base and epoch {', '.join(map(str, spread))}"
-        run.log(f"Drawing and scoring {pictures}, with the exported files ...")
+        spread = spread if can_score else epochs[:1]
+        what = "Drawing and scoring" if can_score else "Drawing"
+        run.log(f"{what} pictures of the base and epoch {', '.join(map(str, spread))}, with the exported files ...")
         evaluation = Evaluation(config, dataset, base, run.device)
         scored = {epoch: evaluation.judge(candidates[epoch] / LORA_FILES[-1]) for epoch in spread}
-    epoch, reason = choose_best(epochs, scored)
+    epoch, reason = choose_best(epochs, {epoch: score for epoch, score in scored.items() if score.score is not None})
     if not candidate_epochs(state.history):
         reason = "the last: without held-out faces there is nothing to choose by"
     elif epochs == [state.epoch]:
@@ -132,12 +134,11 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     best |= {"reason": reason, "candidates": list(rows.values())}
     write_atomic(output / "best.json", json.dumps(best, indent=1).encode())
     summary = {"best_epoch": epoch, "best_reason": reason}
-    summary |= dict.fromkeys(("score_base", "score_lora", "colourfulness_base", "colourfulness_lora"))
+    summary |= {"score": None, "score_maximum": None, "score_in_words": None}
     if evaluation:
         run.log(evaluation.write(output, scored[epoch]))
-        for name, score in (("base", evaluation.of_base), ("lora", scored[epoch])):
-            summary[f"score_{name}"] = score.score
-            summary[f"colourfulness_{name}"] = float(score.features.line_art["colourfulness"].mean())
+        summary |= {"score": scored[epoch].score, "score_maximum": scored[epoch].maximum}
+        summary |= {"score_in_words": str(scored[epoch])}
     else:
         for name in ("scores.json", "before_after.png"):  # of an earlier end of this run: not of this LoRA
             (output / name).unlink(missing_ok=True)

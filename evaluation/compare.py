@@ -4,26 +4,34 @@ import json
 from pathlib import Path
 
 from evaluation import pictures
-from evaluation.score import POINTS, Evaluation, Score
+from evaluation.score import COSTS, POINTS, TOO_FEW, Evaluation, Score
 from training.files import write_atomic
 
 
 def table(evaluation: Evaluation, scored: dict[str, Score]) -> str:
     """A row each for the base, the LoRAs by name and held-out faces: score with interval, the parts' shares."""
     held_out = evaluation.judge_held_out()
-    rows = {"base alone": evaluation.of_base} | scored | ({"held-out faces": held_out} if held_out else {})
+    if held_out is None:
+        lines = [
+            TOO_FEW,
+            *(f"{name}: copies of training faces: {len(score.copies())}" for name, score in scored.items()),
+        ]
+        return "\n".join(lines)
+    rows = {"base alone": evaluation.of_base} | scored | {"held-out faces": held_out}
     width = max(20, *(len(name) + 2 for name in rows))
-    heads = [f"{name}, x {of}" for name, of in POINTS.items()]
-    lines = [f"{'':{width}}{'quality score, 0 to 10':24}" + "".join(f"{head:>19}" for head in heads)]
+    parts = POINTS | {name: -of for name, of in COSTS.items()}
+    title = f"score, of {evaluation.ends.maximum}"
+    lines = [f"{'':{width}}{title:24}" + "".join(f"{f'{name}, {of}':>18}" for name, of in parts.items())]
     for name, score in rows.items():
-        shares = (score.cell(f"points: {part}").split(" ")[0] for part in POINTS)
-        cells = "".join(f"{share:>19}" for share in shares)
-        lines.append(f"{name:{width}}{score.cell('points: score'):24}{cells}")
+        cells = "".join(f"{score.cell(part).split(' ')[0]:>18}" for part in parts)
+        lines.append(f"{name:{width}}{score.cell('score'):24}{cells}")
     return "\n".join([*lines, ranking(scored)])
 
 
 def ranking(scored: dict[str, Score]) -> str:
     """Which has the highest score, and whether by more than chance."""
+    if any(score.score is None for score in scored.values()):
+        return TOO_FEW
     best = max(scored, key=lambda name: scored[name].score)
     beaten = {name: scored[best].beats(score) for name, score in scored.items() if name != best}
     found = []
@@ -40,7 +48,7 @@ def write(folder: Path, evaluation: Evaluation, scored: dict[str, Score]) -> Non
     shown = evaluation.shown()
     rows = [[score.features.pixels[number] for score in columns.values()] for number in shown]
     names = [name if len(name) <= 24 else f"...{name[-22:]}" for name in columns]
-    sheet = pictures.contact_sheet(rows, names, [evaluation.texts[number] for number in shown])
+    sheet = pictures.contact_sheet(rows, names, [evaluation.jobs.prompts[number] for number in shown])
     pictures.write_picture(folder / "before_after.png", sheet)
-    scores = {name: score.as_json() for name, score in columns.items()} | {"pictures": len(evaluation.texts)}
+    scores = {name: score.as_json() for name, score in columns.items()} | {"pictures": len(evaluation.jobs.prompts)}
     write_atomic(folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False).encode())

@@ -1,12 +1,13 @@
-"""What can be measured on pictures: line art, distances, attributes, CLIP. None of it knows of a training.
+"""What can be measured on pictures: line art, layout, attributes, CLIP. None of it knows of a training.
 
-`pictures` are always (n, H, W, 3), uint8.
+`pictures` are n of (H, W, 3), uint8, in one array or, where their shapes differ, in a list.
 """
 
 import contextlib
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,66 +38,54 @@ def colourfulness(pictures: np.ndarray) -> np.ndarray:
     return spread + 0.3 * np.hypot(red_green.mean(axis=(1, 2)), yellow_blue.mean(axis=(1, 2)))
 
 
-def line_art(pictures: np.ndarray) -> dict[str, np.ndarray]:
-    """Every measure of LINE_ART, each (n,)."""
+def line_art(pictures) -> dict[str, np.ndarray]:
+    """Every measure of LINE_ART, each (n,), of pictures (H, W, 3) of any shapes."""
     parts = []
-    for start in range(0, len(pictures), 16):  # each takes 50 times its memory
-        some = pictures[start : start + 16]
-        grey = luma(some)
-        ink, bilevel = grey < 0.25, np.abs(grey - 0.5) > 0.38
-        gradient = np.hypot(*np.gradient(grey, axis=(1, 2)))
-        edges = np.percentile(gradient, 99, axis=(1, 2))
-        parts.append([colourfulness(some), ink.mean(axis=(1, 2)), bilevel.mean(axis=(1, 2)), edges])
-    return dict(zip(LINE_ART, np.concatenate(parts, axis=1), strict=True))
+    for picture in pictures:
+        grey = luma(picture)
+        gradient = np.hypot(*np.gradient(grey))
+        shares = [(grey < 0.25).mean(), (np.abs(grey - 0.5) > 0.38).mean()]
+        parts.append([colourfulness(picture[None])[0], *shares, np.percentile(gradient, 99)])
+    return dict(zip(LINE_ART, np.array(parts).T, strict=True))
 
 
-def rms_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Root mean square of the difference between rows of a and of b. Shape: (n, D), (m, D) -> (n, m)."""
+def squashed(pictures, side: int) -> np.ndarray:
+    """Pictures (H, W, 3) of any shapes, averaged to squares. Shape: (n, side, side, 3), uint8."""
+    box = Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(picture).resize((side, side), box)) for picture in pictures])
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Euclidean distances between rows of a and of b. Shape: (n, D), (m, D) -> (n, m)."""
     squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
-    return np.sqrt(np.maximum(squares, 0) / a.shape[1])
+    return np.sqrt(np.maximum(squares, 0))
 
 
-def pairwise_distances(pictures: np.ndarray) -> np.ndarray:
-    """Root mean square of the difference in brightness, in [0, 1], of each two pictures. Shape: (n, n).
-
-    Pictures of more than 128 pixels a side are averaged down to that or less.
-    """
-    block = -(-pictures.shape[1] // 128)
-    side = pictures.shape[1] // block
-    grey = (luma(picture[: side * block, : side * block]) for picture in pictures)
-    flat = np.stack([one.reshape(side, block, side, block).mean(axis=(1, 3)).ravel() for one in grey])
-    return rms_distances(flat, flat)
-
-
-def stroke_directions(pictures: np.ndarray) -> np.ndarray:
+def stroke_directions(pictures) -> np.ndarray:
     """Histograms of oriented gradients (Dalal & Triggs 2005): in each of 8 x 8 cells, how much stroke runs which way.
 
     Shape: (n, 512), of length 1 each; 8 directions from 0 to 180 degrees.
     """
-    side = 64
-    small = [Image.fromarray(p).convert("L").resize((side, side), Image.Resampling.BOX) for p in pictures]
-    down, right = np.gradient(np.stack([np.asarray(image, dtype=np.float64) for image in small]), axis=(1, 2))
+    down, right = np.gradient(luma(squashed(pictures, 64)), axis=(1, 2))
     direction = (np.arctan2(down, right) % np.pi / np.pi * 8).astype(int) % 8
     strength = np.hypot(down, right)[..., None] * np.eye(8)[direction]
-    cells = strength.reshape(len(small), 8, 8, 8, 8, 8).sum(axis=(2, 4)).reshape(len(small), -1)
+    cells = strength.reshape(len(strength), 8, 8, 8, 8, 8).sum(axis=(2, 4)).reshape(len(strength), -1)
     return cells / (np.linalg.norm(cells, axis=1, keepdims=True) + 1e-9)
 
 
-def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The cubic kernel of KID (Binkowski et al. 2018), (a.b / D + 1)^3. Shape: (n, D), (m, D) -> (n, m)."""
-    return (a @ b.T / a.shape[1] + 1) ** 3
+def layout(pictures) -> list[np.ndarray]:
+    """What is where in a picture: its strokes, and its colours seen from afar. Shape: [(n, 512), (n, 768)]."""
+    return [stroke_directions(pictures), squashed(pictures, 16).reshape(len(pictures), -1) / 255]
 
 
-def kernel_terms(own: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """The terms of the squared kernel distance (MMD) of two sets, normalised by the centre and spread of `real`:
-    k(own, own), mean of k(own, real) over `real`, mean of k(real, real) over pairs. Shape: (n, n), (n,), scalar.
+def equal_mix(shapes: list[tuple[int, int]], real: list[tuple[int, int]]) -> np.ndarray:
+    """Weights of the real pictures, sum 1, so that each shape (by its aspect) counts as often as among `shapes`.
+
+    A shape that no real picture has counts for the nearest one. Shape: (m,).
     """
-    centre, spread = real.mean(axis=0), real.std(axis=0)
-    spread = max(float(np.sqrt((spread**2).mean())), 1e-9)
-    own, real = (own - centre) / spread, (real - centre) / spread
-    among = kernel(real, real)
-    among = (among.sum() - np.trace(among)) / (len(real) * max(1, len(real) - 1))
-    return kernel(own, own), kernel(own, real).mean(axis=1), float(among)
+    own, of_real = (np.round(np.log([height / width for height, width in some]), 6) for some in (shapes, real))
+    counts = Counter(of_real[np.abs(of_real - aspect).argmin()] for aspect in own)
+    return np.array([counts[aspect] / (of_real == aspect).sum() for aspect in of_real]) / len(own)
 
 
 def asked_for(text: str) -> list[float]:

@@ -3,11 +3,12 @@
 import io
 import json
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evaluation.measures import DEMO_ATTRIBUTES
 from training.base_model import load_vae
@@ -16,27 +17,44 @@ from training.memory import free_memory
 
 TILE = 176  # pixels a side of one picture in a contact sheet
 PIXELS_PER_PASS = 2**20  # drawn at a time: 4 pictures of 512 x 512, 8 at the most
-MAX_CAPTIONS = 24  # held-out captions that are drawn
+FEWEST = 8  # held-out faces, without which there is no score
+MAX_CAPTIONS = 24  # held-out faces whose captions are drawn; with fewer, as many pictures, of more seeds
 MAX_ATTRIBUTE_PROMPTS = 64  # of the demo's 288
 
 
-def evaluation_prompts(dataset, config) -> tuple[list[tuple[str, int]], int]:
-    """What is drawn: [(prompt, seed)], and how many of them, the first, are portraits like the data set's.
-
-    sample_prompts, samples_per_prompt seeds each; then captions of held-out faces (of training faces if there are
-    none), which ask for what the data set shows as often as it shows it; on the demo then prompts that ask for each
-    attribute half of the time.
+@dataclass(frozen=True)
+class Jobs:
+    """What is drawn for the score, in this order: portraits for held-out faces' captions, which are what is compared
+    with faces; sample_prompts, samples_per_prompt seeds each; on the demo prompts that ask for each attribute half of
+    the time.
     """
-    seeds = [config.seed + number for number in range(config.samples_per_prompt)]
-    jobs = [(prompt, seed) for prompt in config.sample_prompts for seed in seeds]
+
+    prompts: list[str]
+    seeds: list[int]
+    shapes: list[tuple[int, int]]  # H, W; a portrait has its face's
+    portraits: int  # how many
+    samples: list[int]  # the numbers of each sample prompt's first picture
+
+
+def evaluation_jobs(dataset, config) -> Jobs:
+    """Up to MAX_CAPTIONS held-out faces, evenly chosen, with as many seeds each as it takes to have that many.
+
+    Where too few are held out for a score, one seed each; where none are, the captions of training faces.
+    """
     faces = dataset.validation or dataset.train
     chosen = sorted({round(x) for x in np.linspace(0, len(faces) - 1, min(MAX_CAPTIONS, len(faces)))})
-    jobs += [(dataset.texts[dataset.first_text[faces[number]]], config.seed + number) for number in chosen]
-    portraits = len(jobs)
+    each = -(-MAX_CAPTIONS // len(chosen)) if len(dataset.validation) >= FEWEST else 1
+    own = [(faces[number], config.seed + number + len(faces) * turn) for turn in range(each) for number in chosen]
+    jobs = [(dataset.texts[dataset.first_text[face]], seed, dataset.faces[face].shape) for face, seed in own]
+    square, per_prompt = (config.resolution, config.resolution), config.samples_per_prompt
+    samples = list(range(len(jobs), len(jobs) + per_prompt * len(config.sample_prompts), per_prompt))
+    jobs += [(prompt, config.seed + turn, square) for prompt in config.sample_prompts for turn in range(per_prompt)]
     if config.demo:
         prompts = json.loads((DEMO_ATTRIBUTES / "prompts.json").read_text(encoding="utf-8"))
-        jobs += [(prompt, config.seed + number) for number, prompt in enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])]
-    return jobs, portraits
+        some = enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])
+        jobs += [(prompt, config.seed + number, square) for number, prompt in some]
+    prompts, seeds, shapes = (list(column) for column in zip(*jobs, strict=True))
+    return Jobs(prompts, seeds, shapes, len(own), samples)
 
 
 def build_pipeline(vae, unet, scheduler, tokenizer=None, text_encoder=None):
@@ -63,26 +81,33 @@ def decode(vae, latents: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def draw_pictures(pipe, prompts: dict, seeds: list[int], config) -> np.ndarray:
-    """One picture per seed, with the run's resolution, sample_steps and guidance_scale.
+def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int, int]], config) -> list[np.ndarray]:
+    """One picture per seed and shape (H, W), with the run's sample_steps and guidance_scale.
 
     prompts: the pipeline's arguments, of all pictures: {"prompt": texts}, or embeddings (pictures, T, D).
-    Shape: (pictures, resolution, resolution, 3), uint8.
+    Shape: of each (H, W, 3), uint8.
     """
-    side, pictures = config.resolution, []
+    pictures: list = [None] * len(seeds)
     settings = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
-    at_once = max(1, min(8, PIXELS_PER_PASS // side**2))
-    for start in range(0, len(seeds), at_once):
-        some = slice(start, start + at_once)
-        given = {name: of_all[some] for name, of_all in prompts.items()} | settings
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[some]]
-        latents = pipe(**given, height=side, width=side, generator=generators, output_type="latent").images
-        pictures.append(decode(pipe.vae, latents))
-    return np.concatenate(pictures)
+    for height, width in dict.fromkeys(shapes):
+        numbers = [number for number, shape in enumerate(shapes) if shape == (height, width)]
+        at_once = max(1, min(8, PIXELS_PER_PASS // (height * width)))
+        for start in range(0, len(numbers), at_once):
+            some = numbers[start : start + at_once]
+            given = {name: [of_all[number] for number in some] for name, of_all in prompts.items()}
+            given = {name: torch.stack(of) if torch.is_tensor(of[0]) else of for name, of in given.items()} | settings
+            generators = [torch.Generator().manual_seed(seeds[number]) for number in some]
+            latents = pipe(**given, height=height, width=width, generator=generators, output_type="latent").images
+            for number, picture in zip(some, decode(pipe.vae, latents), strict=True):
+                pictures[number] = picture
+    return pictures
 
 
 def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: list[str]) -> Image.Image:
-    """One row of pictures (H, W, 3) per caption, a title per column; two blocks side by side if more than four rows."""
+    """One row of pictures (H, W, 3) per caption, a title per column; two blocks side by side if more than four rows.
+
+    Pictures keep their shape, with grey beside them.
+    """
     blocks = 2 if len(rows) > 4 else 1
     per_block, columns, text, gap = -(-len(rows) // blocks), len(rows[0]), 40, 16
     block_width = columns * TILE + gap
@@ -94,7 +119,8 @@ def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: lis
             for column, title in enumerate(titles):
                 draw.text((left + column * TILE + TILE / 2, 18), title, "black", ImageFont.load_default(size=15), "mm")
         for column, picture in enumerate(row):
-            tile = Image.fromarray(picture).resize((TILE - 4, TILE - 4), Image.Resampling.LANCZOS)
+            tile = Image.fromarray(picture)
+            tile = ImageOps.pad(tile, (TILE - 4, TILE - 4), Image.Resampling.LANCZOS, "lightgrey")
             sheet.paste(tile, (left + column * TILE + 2, top))
         lines = textwrap.wrap(caption, max(12, int(columns * TILE / 6.6)))[:2]
         draw.multiline_text((left + 2, top + TILE), "\n".join(lines), "black", font, spacing=2)
@@ -144,7 +170,8 @@ def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
         pipe = build_pipeline(load_vae(base, run.device), unet, model.scheduler)
         empty, prompts = data.prompts.to(unet.device, unet.dtype).split([1, len(config.sample_prompts)])
         prompts = {"prompt_embeds": prompts, "negative_prompt_embeds": empty.expand_as(prompts)}
-        pictures = draw_pictures(pipe, prompts, [config.seed] * len(config.sample_prompts), config)
+        count, square = len(config.sample_prompts), (config.resolution, config.resolution)
+        pictures = draw_pictures(pipe, prompts, [config.seed] * count, [square] * count, config)
         write_album(file.with_suffix(""), list(config.sample_prompts), pictures)
         rows = [[picture] for picture in pictures]
         write_picture(file, contact_sheet(rows, [f"epoch {epoch}"], list(config.sample_prompts)))

@@ -26,7 +26,7 @@ MOST_BYTES = 20 * 10**6
 FOR_TEXT = 3 * 10**6  # of them
 MOST_TEXT = 2000  # characters of a prompt, a name or a setting
 LARGEST = 768  # pixels a side of a picture that isn't in samples/
-MOST_LOST = 3  # points by a part that only costs
+MOST_LOST = 3  # points by a part without evidence
 IN_WORDS = {  # what full points in a part mean
     "style": "Tones and strokes are those of your faces",
     "set distance": "All in all the pictures look like your faces",
@@ -97,26 +97,24 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
 
 def write_comparison(folder: Path, evaluation, scored: dict, runs: dict, sentence: str) -> Path:
     """Write folder/comparison.html: several LoRAs, {name: Score}; runs: {name: its training's folder or None}."""
-    columns, shown, runs = (
-        {"base alone": evaluation.of_base} | scored,
-        evaluation.shown(),
-        {n: f for n, f in runs.items() if f},
-    )
-    abouts = {name: _read(run / "config.json").get("constants", {}) for name, run in runs.items()}
+    columns, numbers = {"base alone": evaluation.of_base} | scored, evaluation.shown()
+    entries = {name: score.as_json()["score"] for name, score in columns.items()}
+    known = {name: of for name, of in entries.items() if isinstance(of, dict)}  # else too few to judge
+    bars = "".join(_bar(name, of["value"], of["maximum"] or 10, _interval(of)) for name, of in known.items())
+    rows = [[score.features.pixels[number] for score in columns.values()] for number in numbers]
+    pictures = _cards(Album(), rows, list(columns), [evaluation.jobs.prompts[number] for number in numbers])
+    runs = {name: run for name, run in runs.items() if run}
     metrics = {name: Metrics(run, _read(run / "summary.json").get("validation", ())) for name, run in runs.items()}
-    entries = {name: score.as_json().get("score") for name, score in columns.items()}
-    scores = "".join(_bar(name, entry["value"], 10, _interval(entry)) for name, entry in entries.items() if entry)
-    rows = [[score.features.pixels[number] for score in columns.values()] for number in shown]
+    curves = chart("Validation loss", {name: of.validation for name, of in metrics.items()})
+    smooth = {name: of.smooth("w_loss") for name, of in metrics.items()}
+    curves += chart("Training loss, mean of the last epoch", smooth)
+    abouts = {name: _read(run / "config.json").get("constants", {}) for name, run in runs.items()}
     constants = dict.fromkeys(constant for about in abouts.values() for constant in about)
     table = [[constant, *(about.get(constant) for about in abouts.values())] for constant in constants]
-    curves = chart("Validation loss", {name: of.validation for name, of in metrics.items()})
-    curves += chart(
-        "Training loss, mean of the last epoch", {name: of.smooth("w_loss") for name, of in metrics.items()}
-    )
-    page = [f"<h1>{_text(sentence)}</h1>\n", _section("Score", f'<div class="cards">{scores}</div>\n')]
-    page += [_section("The same prompts", _cards(Album(), rows, list(columns), [evaluation.texts[n] for n in shown]))]
-    page += [_section("Curves", curves and f'<div class="cards">{curves}</div>\n')]
     differ = [row for row in table if any(value != row[1] for value in row[1:])]
+    page = [f"<h1>{_text(sentence)}</h1>\n", _section("Score", bars and f'<div class="cards">{bars}</div>\n')]
+    page += [_section("The same prompts", pictures)]
+    page += [_section("Curves", curves and f'<div class="cards">{curves}</div>\n')]
     page += [_section("Settings that differ", _table(["", *abouts], differ))]
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / COMPARISON, "Comparison", page)
@@ -236,9 +234,12 @@ def _bar(title: str, value: float, of: float, told: str, link: str = "") -> str:
     return f'<section><p>{_text(title)}</p>{bar}<p class="soft">{_text(told)} {link}</p></section>\n'
 
 
-def _interval(entry: dict) -> str:
+def _interval(entry: dict | str) -> str:
+    """A score as scores.json has it, in words."""
+    if isinstance(entry, str):  # too few to judge
+        return entry
     low, high = entry["interval"]
-    return f"{entry['value']:.1f} ({low:.1f} to {high:.1f}) of 10"
+    return f"{entry['value']:.1f} ({low:.1f} to {high:.1f}) of {entry['maximum']}"
 
 
 def _score(scores: dict, words: str | None) -> str:
@@ -250,18 +251,17 @@ def _score(scores: dict, words: str | None) -> str:
     for name, entry in own.items():
         if not isinstance(entry, dict) or "points" not in entry:
             continue
-        told = f"{name}: {entry['points']:.1f}" + (f" of {entry['of']}" if entry["of"] else " (it can only cost)")
+        most = f"of {entry['of']}" if entry["of"] > 0 else f"at worst {entry['of']}" if entry["of"] else "no evidence"
+        told = f"{name}: {entry['points']:.1f}, {most}"
         for column, title in (("base", "base"), ("held_out_faces", "real faces")):
             other = scores[column].get(name) if isinstance(scores.get(column), dict) else None
             told += f", {title} {other['points']:.1f}" if isinstance(other, dict) else ""
         anchor = f"part-{name.replace(' ', '-')}"
         link = f'<a href="#{escape(anchor)}">what it means</a>' if name in meanings else ""
-        bars += _bar(IN_WORDS.get(name, name), entry["points"], entry["of"] or MOST_LOST, told, link)
+        bars += _bar(IN_WORDS.get(name, name), entry["points"], abs(entry["of"]) or MOST_LOST, told, link)
         below += f'<p id="{escape(anchor)}"><b>{_text(name)}</b>: {_text(meanings[name])}</p>\n' if link else ""
-    if not bars:
-        return ""
-    title = f"Score: {words or _interval(own['score'])}"
-    return _section(title, f'<div class="cards">{bars}</div>\n<div class="soft">{below}</div>\n')
+    told = f'<div class="cards">{bars}</div>\n<div class="soft">{below}</div>\n'
+    return _section(f"Score: {words or _interval(own['score'])}", told) if own else ""
 
 
 def _table(heads: list[str], rows: list[list]) -> str:

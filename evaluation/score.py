@@ -1,8 +1,11 @@
-"""The score: pictures of base and LoRA held against the training faces, in five parts that add up to ten points.
+"""The score: 0 is what the base draws, 10 are faces by the artist that were never trained on; both are measured.
 
-training faces -> References
-pictures       -> Features -> values (the parts in their own units) -> points -> Score, with bootstrap intervals
-LoRA file      -> Evaluation: draws, scores, writes scores.json and before_after.png
+training faces, half of the held-out ones     -> References
+pictures                                      -> Features -> values: the parts, each in its own units
+values of base and of that half, the two ends -> Score: where between them, in points, with bootstrap intervals
+LoRA file                                     -> Evaluation: draws, scores, writes scores.json and before_after.png
+
+What is compared are portraits: pictures drawn for the captions of held-out faces, in these faces' shapes.
 """
 
 import contextlib
@@ -14,160 +17,236 @@ import numpy as np
 import torch
 
 from evaluation import measures, pictures
+from evaluation.judge import GRID, Judge
 from evaluation.measures import ATTRIBUTES, LINE_ART
+from evaluation.pictures import FEWEST
 from lora_layers import read_lora_weights
 from training.base_model import load_text_encoder, load_unet, load_vae
-from training.encoding import encode_faces, encode_image, folder_identity
+from training.encoding import encode_faces, folder_identity
 from training.files import InputError, write_atomic
 from training.lora_files import fit, put_on
 from training.pictures import load_image
 
-MAX_FACES = 500  # training faces that pictures are held against
-EXACT_COPY = 0.01  # latents nearer than this are of one picture: copies in a data set must not make copies look usual
+MAX_FACES = 250  # training faces that pictures are compared with, and that the judge learns from
 STRENGTHS = (0, 0.4, 0.7, 1, 1.3)  # of the LoRA, in the report
+TOO_FEW = f"too few to judge: a score needs {FEWEST} held-out faces"
+EXACT_COPY = 0.01  # faces nearer than this are one picture: copies in a data set must not make copies look usual
 RESAMPLES = 300  # of the bootstrap
-POINTS = {"style": 3, "set distance": 2, "adherence": 3, "novelty": 1, "diversity": 1}  # 10 in all
+POINTS = {"style": 2, "set distance": 3, "coherence": 3, "adherence": 2}  # 10 in all
+COSTS = {"novelty": 3, "diversity": 3}  # what the base has, too: nothing to be earned, only lost
 
 
-def face_pixels(dataset, face: int) -> np.ndarray:
-    """A face's centre square, as the pictures that it is compared with are square. Shape: (H, W, 3), uint8."""
-    return pictures.to_pixels(load_image(dataset.faces[face].path, *dataset.square_crop(face)))
+def judged_side(resolution: int) -> int:
+    """Pixels a side that the judge sees: 64 or 128."""
+    return 4 * GRID if resolution >= 4 * GRID else 2 * GRID
 
 
 class References:
-    """What pictures are held against: all training faces, or m of them, at most MAX_FACES."""
+    """What pictures are held against: m training faces, through the VAE as every picture is; and all, for copies.
+
+    Attributes:
+        faces, half: numbers of the training faces, and of the held-out ones that are the score's upper end.
+        half_pixels: of those, each (H, W, 3), uint8. other, other_pixels: the other half, for a check.
+    """
 
     def __init__(self, dataset, config, vae, vae_identity: str, clip):
+        def through_vae(faces: list[int]) -> list[np.ndarray]:
+            return [pictures.decode(vae, latents[face][:1])[0] for face in faces]
+
+        latents = encode_faces(dataset, config.cache_dir, vae_identity, lambda: vae)
         chosen = np.linspace(0, len(dataset.train) - 1, min(MAX_FACES, len(dataset.train))).round().astype(int)
         faces = [dataset.train[position] for position in chosen]
-        crops = [dataset.square_crop(face) for face in range(len(dataset.faces))]
-        latents = encode_faces(dataset, config.cache_dir, vae_identity, lambda: vae, crops=crops)
-        self.names = [dataset.faces[face].name for face in dataset.train]  # of all
-        means = torch.stack([latents[face][0] for face in dataset.train])  # of the VAE's posterior
-        self.latents = means.flatten(1).numpy()  # (all, D) float32
-        self.pixels = np.stack([face_pixels(dataset, face) for face in faces])  # (m, H, W, 3) uint8
-        self.line_art = measures.line_art(self.pixels)  # each (m,)
-        strokes = measures.stroke_directions(self.pixels)
-        self.sets = {"latents": self.latents[chosen], "strokes": strokes}  # each (m, D); what the set distance compares
+        own = through_vae(faces)
+        self.half, self.other = dataset.validation[::2], dataset.validation[1::2]
+        self.half_pixels, self.other_pixels = through_vae(self.half), through_vae(self.other)
+        self.shapes = [dataset.faces[face].shape for face in faces]
+        self.line_art = measures.line_art(own)  # each (m,)
+        self.scales = [math.sqrt(2 * block.var(axis=0).sum()) + 1e-9 for block in measures.layout(own)]
+        self.layout = self.layout_of(own)  # (m, D)
+        self.among = measures.distances(self.layout, self.layout)  # (m, m)
+        self.side = judged_side(config.resolution)
+        self.judge = None
+        if len(dataset.validation) >= FEWEST:
+            self.judge = Judge(*(measures.squashed(some, self.side) for some in (own, self.half_pixels)), config.seed)
 
         # A picture nearer to a face than half of what faces are apart is a copy of it. NaN with fewer than two faces.
-        to_neighbours = measures.rms_distances(self.latents[chosen], self.latents)
-        to_neighbours = np.where(to_neighbours > EXACT_COPY, to_neighbours, np.inf).min(axis=1)
-        to_neighbours = to_neighbours[np.isfinite(to_neighbours)]
-        self.copy_distance = float(np.median(to_neighbours)) / 2 if len(to_neighbours) else math.nan
-        others = measures.pairwise_distances(self.pixels)[~np.eye(len(faces), dtype=bool)]
-        self.diversity = float(others.mean()) if len(others) else math.nan  # mean distance; NaN as above
+        self.names = [dataset.faces[face].name for face in dataset.train]  # of all
+        originals = (pictures.to_pixels(load_image(*self.cut(dataset, face))) for face in dataset.train)
+        self.all = np.concatenate([self.layout_of([picture]) for picture in originals])  # (all, D)
+        apart = measures.distances(self.all[chosen], self.all)
+        apart = np.where(apart > EXACT_COPY, apart, np.inf).min(axis=1)
+        apart = apart[np.isfinite(apart)]
+        self.copy_distance = float(np.median(apart)) / 2 if len(apart) else math.nan
         texts = [dataset.texts[dataset.first_text[face]] for face in faces]
-        self.clip_margin = float(measures.clip_margins(clip, self.pixels, texts).mean()) if clip else math.nan
+        self.clip_margin = float(measures.clip_margins(clip, own, texts).mean()) if clip else math.nan
+
+    @staticmethod
+    def cut(dataset, face: int) -> tuple:
+        return dataset.faces[face].path, dataset.faces[face].box, dataset.faces[face].shape
+
+    def layout_of(self, some) -> np.ndarray:
+        """layout(), in units in which two faces are about 1 apart. Shape: (n, D), float32."""
+        blocks = zip(measures.layout(some), self.scales, strict=True)
+        return np.concatenate([block / scale for block, scale in blocks], axis=1).astype(np.float32) / math.sqrt(2)
 
 
 class Features:
     """All that a score is computed from, per picture, so that a bootstrap needs only other weights.
 
-    n pictures, of which the first p = `portraits` are drawn as the data set's faces are, not to test attributes.
+    n pictures (H, W, 3), of which the first p = `portraits` are compared with faces.
     network: of load_attribute_network, or None. clip: of find_clip, or None.
     """
 
-    def __init__(self, pixels: np.ndarray, texts: list[str], portraits: int, references, vae, network, clip):
-        self.pixels, self.texts, self.portraits = pixels, texts, portraits  # (n, H, W, 3) uint8; (n,) prompts; p
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-        own_pixels, own_images, own_texts = pixels[:portraits], images[:portraits], np.array(texts[:portraits])
-        latents, mirrored = (
-            torch.stack([encode_image(vae, image)[0].flatten() for image in turned]).numpy()
-            for turned in (own_images, own_images.flip(3))
-        )
-        self.line_art = measures.line_art(own_pixels)  # each (p,)
-        sets = {"latents": latents, "strokes": measures.stroke_directions(own_pixels)}
-        self.kernels = {name: measures.kernel_terms(sets[name], real) for name, real in references.sets.items()}
-        to_faces = np.minimum(*(measures.rms_distances(some, references.latents) for some in (latents, mirrored)))
-        self.nearest = to_faces.argmin(axis=1)  # (p,) position in references.names, of the picture or its mirror image
-        self.nearest_distance = to_faces.min(axis=1)  # (p,) between their latents
-        same = (own_texts[:, None] == own_texts) & ~np.eye(portraits, dtype=bool)
-        self.distances = np.where(same, measures.pairwise_distances(own_pixels), np.nan)  # (p, p), of one prompt only
+    def __init__(self, pixels: list[np.ndarray], texts: list[str], portraits: int, references, network, clip):
+        self.pixels, self.texts, self.portraits = pixels, texts, portraits
+        own = pixels[:portraits]
+        self.line_art = measures.line_art(own)  # each (p,)
+        layout, mirrored = (references.layout_of([p[:, ::turn] for p in pixels]) for turn in (1, -1))
+        to_faces = np.minimum(*(measures.distances(some, references.all) for some in (layout, mirrored)))
+        self.nearest = to_faces.argmin(axis=1)  # (n,) position in references.names, of the picture or its mirror image
+        self.nearest_distance = to_faces.min(axis=1)  # (n,)
+        self.is_copy = self.nearest_distance < references.copy_distance  # (n,)
+        self.mix = measures.equal_mix([p.shape[:2] for p in own], references.shapes)  # (m,)
+        self.to_faces = measures.distances(layout[:portraits], references.layout) @ self.mix  # (p,) mean distance
+        self.apart = measures.distances(layout[:portraits], layout[:portraits])  # (p, p)
+        small = measures.squashed(own, references.side)
+        self.passes = references.judge.passes(small) if references.judge else None  # (p,)
         self.asked = self.seen = self.clip_margins = None
         if network:
             self.asked = np.array([measures.asked_for(text) for text in texts])  # (n, attributes): 1, 0, NaN
-            small = torch.nn.functional.interpolate(images, (64, 64), mode="area")
-            self.seen = torch.cat([network(part) for part in small.split(32)]).numpy() > 0  # (n, attributes)
+            images = torch.from_numpy(measures.squashed(pixels, 64)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            self.seen = torch.cat([network(part) for part in images.split(32)]).numpy() > 0  # (n, attributes)
         if clip:
-            self.clip_margins = measures.clip_margins(clip, pixels, texts)  # (n,)
+            self.clip_margins = measures.clip_margins(clip, own, texts[:portraits])  # (p,)
 
 
 def values(features: Features, references: References, weights: np.ndarray) -> dict[str, float]:
     """The parts in their own units, picture i counted weights[i] times; NaN where there is nothing to tell by.
 
-    style: mean over LINE_ART of the 1-D Wasserstein distance to the training faces / max(their spread, a floor);
-    set distance ...: unbiased squared kernel distance (MMD, Gretton et al. 2012; KID's kernel) to the training faces;
-    adherence: mean balanced accuracy over ATTRIBUTES, or CLIP's margin as a share of that of the training faces;
-    novelty: share of pictures that are no copy; diversity: mean distance of the pictures of one prompt / of the faces.
+    style ...: 1-D Wasserstein distance of a LINE_ART measure to that of the faces / max(their spread, a floor);
+    set distance: energy distance (Szekely & Rizzo 2013) of the layouts, 2 E|x - y| - E|x - x'| - E|y - y'|, unbiased;
+    coherence: share that the judge passes; adherence: mean balanced accuracy over ATTRIBUTES, 0 for chance and 1 for
+    all, or CLIP's margin as a share of the faces'; novelty: share of pictures that are no copy; diversity: mean
+    distance of pictures of different prompts / of faces. Faces count in the pictures' mix of shapes.
     """
     from scipy.stats import wasserstein_distance
 
-    result, some = {}, weights[: features.portraits]
+    result, some, mix = {}, weights[: features.portraits], features.mix
     for name, floor in LINE_ART.items():
         own, real = features.line_art[name], references.line_art[name]
-        result[f"style: {name}"] = wasserstein_distance(own, real, some) / max(real.std(), floor)
-    result["style"] = float(np.mean(list(result.values())))
-    pairs = np.outer(some, some) * (1 - np.eye(len(some)))  # a picture drawn twice by the bootstrap is no pair
-    for name, (own, cross, among) in features.kernels.items():
-        mean_own = (pairs * own).sum() / pairs.sum() if pairs.sum() else math.nan
-        result[f"set distance: {name}"] = float(mean_own + among - 2 * (some @ cross) / some.sum())
+        centre = mix @ real
+        spread = max(math.sqrt(mix @ (real - centre) ** 2), floor)
+        result[f"style: {name}"] = wasserstein_distance(own, real, some, mix) / spread
+    texts = np.array(features.texts[: features.portraits])
+    pairs = np.outer(some, some) * (texts[:, None] != texts)  # the bootstrap draws prompts: twice one is no pair
+    apart = (pairs * features.apart).sum() / pairs.sum() if pairs.sum() else math.nan
+    among = mix @ references.among @ mix / (1 - mix @ mix) if mix @ mix < 1 else math.nan
+    result["set distance"] = float(2 * (some @ features.to_faces) / some.sum() - apart - among)
+    result["coherence"] = float(some @ features.passes / some.sum())
+    result["adherence"] = math.nan
     if features.seen is not None:
-        accuracy = measures.balanced_accuracy(features.seen, features.asked, weights)
+        accuracy = 2 * measures.balanced_accuracy(features.seen, features.asked, weights) - 1
         result |= {f"adherence: {name}": float(value) for name, value in zip(ATTRIBUTES, accuracy, strict=True)}
         result["adherence"] = float(np.nanmean(accuracy)) if np.isfinite(accuracy).any() else math.nan
     elif features.clip_margins is not None and references.clip_margin > 0:  # else CLIP can't read these faces
-        result["adherence"] = float(weights @ features.clip_margins / weights.sum() / references.clip_margin)
-    else:
-        result["adherence"] = math.nan
-    new = float(some @ (features.nearest_distance >= references.copy_distance) / some.sum())
+        result["adherence"] = float(some @ features.clip_margins / some.sum() / references.clip_margin)
+    new = float(some @ ~features.is_copy[: features.portraits] / some.sum())
     result["novelty"] = new if math.isfinite(references.copy_distance) else math.nan
-    pairs = pairs * np.isfinite(features.distances)
-    spread = (pairs * np.nan_to_num(features.distances)).sum() / pairs.sum() if pairs.sum() else math.nan
-    result["diversity"] = float(spread / references.diversity)
+    result["diversity"] = float(apart / among)
     return result
 
 
-def points(own: dict[str, float], base: dict[str, float], by_attributes: bool) -> dict[str, float]:
-    """Parts as shares of their points, in [0, 1], and the score: their weighted sum, n/a (NaN) parts left out, of 10.
+def nearness(own: dict[str, float], base: dict[str, float]) -> dict[str, float]:
+    """Of each part how near it is to the faces: at most 1; of the two distances the base's is 0.
 
-    style: mean of 1 / (1 + distance); set distance: how much of the base's is gone; adherence: 0.5 is nothing, 1 is
-    all; novelty as it is; diversity: all at half of the training faces' own.
+    Roots of distances, so that the last steps towards the faces count as much as the first away from the base. A
+    measure in which the base is far off is taken in units of its distance: else it alone would be the style.
     """
-    gone = [1 - own[name] / base[name] if base[name] > 0 else math.nan for name in own if name.startswith("set dist")]
-    shares = {
-        "style": np.mean([1 / (1 + own[f"style: {name}"]) for name in LINE_ART]),
-        "set distance": np.mean(np.clip(gone, 0, 1)),
-        "adherence": 2 * own["adherence"] - 1 if by_attributes else own["adherence"],
-        "novelty": own["novelty"],
-        "diversity": own["diversity"] / 0.5,
-    }
-    shares = {name: float(np.clip(share, 0, 1)) for name, share in shares.items()}
-    known = [name for name in POINTS if math.isfinite(shares[name])]
-    return shares | {"score": 10 * sum(POINTS[n] * shares[n] for n in known) / sum(POINTS[n] for n in known)}
+
+    def style(of: dict[str, float]) -> float:
+        return math.sqrt(np.mean([(of[name] / max(1, base[name])) ** 2 for name in own if name.startswith("style: ")]))
+
+    of_sets = math.sqrt(max(0, own["set distance"]) / base["set distance"]) if base["set distance"] > 0 else math.nan
+    result = {"style": 1 - math.sqrt(style(own) / style(base)), "set distance": 1 - of_sets}
+    return result | {name: float(np.minimum(1, own[name])) for name in ("coherence", "adherence", *COSTS)}  # NaN stays
+
+
+class Ends:
+    """What is 0 and what is full points: the base's pictures, and half of the held-out faces.
+
+    Attributes: base, faces: their nearness(). evidence: the parts in which they differ by more than chance.
+    """
+
+    def __init__(self, base: Features, faces: Features, references: References):
+        def sampled(features: Features) -> tuple[dict, dict]:
+            near = [nearness(values(features, references, w), self.of_base) for w in bootstrap(features.texts)]
+            return near[0], {name: np.array([one[name] for one in near[1:]]) for name in near[0]}
+
+        self.of_base = values(base, references, np.ones(len(base.texts)))
+        (self.base, of_base), (self.faces, of_faces) = sampled(base), sampled(faces)
+        self.evidence = []
+        for name in POINTS:
+            gap = of_faces[name] - of_base[name]
+            gap = gap[np.isfinite(gap)]
+            if math.isfinite(self.base[name] + self.faces[name]) and len(gap) and np.percentile(gap, 2.5) > 0:
+                self.evidence.append(name)
+
+    @property
+    def maximum(self) -> int:
+        """Points that can be had: a part without evidence earns none."""
+        return sum(POINTS[name] for name in self.evidence)
+
+    def shares(self, own: dict[str, float]) -> dict[str, float]:
+        """Of values() each part's share of its points, in [-1, 1], and "score", their sum in points.
+
+        Between the ends in proportion; what is worse than both, or in a cost worse than either, is lost in full.
+        """
+        near, shares = nearness(own, self.of_base), {}
+        for name in POINTS | COSTS:
+            low, high = self.base[name], self.faces[name]
+            if name in self.evidence and near[name] > low:
+                shares[name] = min(1, (near[name] - low) / (high - low))
+            else:
+                start = low if name in self.evidence else float(np.fmin(low, high))  # fmin: of what is known
+                shares[name] = float(np.clip(near[name] - start, -1, 0))  # NaN stays
+        return shares | {"score": sum(of * shares[n] for n, of in (POINTS | COSTS).items() if math.isfinite(shares[n]))}
+
+
+def bootstrap(texts: list[str]) -> list[np.ndarray]:
+    """How often each picture counts: once, then RESAMPLES times as the prompts are drawn anew. Shape: each (n,)."""
+    prompts, of_prompt = np.unique(texts, return_inverse=True)
+    drawn = np.random.default_rng(0).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), RESAMPLES)
+    return [np.ones(len(texts)), *drawn[:, of_prompt].astype(float)]
 
 
 class Score:
     """Parts, points and score of some pictures, with the bootstrap's samples of each: over prompts, not pictures.
 
     Attributes: value {name: float} and samples {name: (RESAMPLES,)}, where a name is one of `values`, or "points: "
-    and one of `points`.
+    and one of `Ends.shares`. Both are empty, and score is None, where there are no ends.
     """
 
-    def __init__(self, features: Features, references: References, base: Features):
-        self.features, self.references = features, references
-        prompts, of_prompt = np.unique(features.texts, return_inverse=True)
-        drawn = np.random.default_rng(0).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), RESAMPLES)
+    def __init__(self, features: Features, references: References, ends: Ends | None):
+        self.features, self.references, self.ends = features, references, ends
+        self.value, self.samples, self.score, self.maximum = {}, {}, None, None
+        if ends is None:
+            return
         samples = []
-        for times in (np.ones(len(prompts)), *drawn.astype(float)):  # the pictures as they are, then the bootstrap
-            weights = times[of_prompt]
-            of_base = weights if features.texts == base.texts else np.ones(len(base.texts))
+        for weights in bootstrap(features.texts):
             own = values(features, references, weights)
-            shares = points(own, values(base, references, of_base), features.seen is not None)
-            samples.append(own | {f"points: {name}": share for name, share in shares.items()})
-        self.value = samples[0]
-        self.score = self.value["points: score"]  # 0 to 10
+            samples.append(own | {f"points: {name}": share for name, share in ends.shares(own).items()})
+        self.value, self.maximum = samples[0], ends.maximum
+        self.score = self.value["points: score"]  # points of `maximum`
         self.samples = {name: np.array([sample[name] for sample in samples[1:]]) for name in samples[0]}
+
+    def __str__(self) -> str:
+        """The score in words: "7.1 of 8, without adherence", "worse than the base (-1.2)"."""
+        if self.score is None:
+            return TOO_FEW
+        if self.score < -0.05:
+            return f"worse than the base ({self.score:.1f})"
+        without = ", ".join(name for name in POINTS if name not in self.ends.evidence)
+        return f"{abs(self.score):.1f} of {self.maximum}{f', without {without}' if without else ''}"
 
     def interval(self, name: str) -> list[float]:
         """[low, high] of 95 % of the bootstrap's samples."""
@@ -179,40 +258,49 @@ class Score:
         difference = self.samples[name] - other.samples[name]
         return bool(np.percentile(difference[np.isfinite(difference)], 2.5) > 0)
 
-    def cell(self, name: str) -> str:
-        """A value and its interval, for a table."""
-        low, high = self.interval(name)
-        return f"{self.value[name]:.2f} ({low:.2f} to {high:.2f})" if math.isfinite(self.value[name]) else "n/a"
+    def cell(self, part: str) -> str:
+        """A part's points and their interval, for a table."""
+        of = (POINTS | COSTS).get(part, 1)
+        share, (low, high) = self.value[f"points: {part}"], self.interval(f"points: {part}")
+        return f"{of * share:.1f} ({of * low:.1f} to {of * high:.1f})" if math.isfinite(share) else "n/a"
 
     def entry(self, name: str) -> dict | str:
-        """A value for scores.json: {value, interval, n pictures, points of how many}, or "n/a"."""
+        """A value for scores.json: {value, interval, n pictures, points, of how many}, or "n/a"."""
         if not math.isfinite(self.value[name]):
             return "n/a"
-        part = name.removeprefix("points: ")
-        of_all = part.startswith(("adherence", "score"))
-        n = len(self.features.texts) if of_all else self.features.portraits
+        n = len(self.features.texts) if name.startswith("adherence") else self.features.portraits
         entry = {"value": self.value[name], "interval": self.interval(name), "n": n}
-        if part in POINTS:
-            entry |= {"points": POINTS[part] * self.value[f"points: {part}"], "of": POINTS[part]}
-        return entry
+        return entry | self.points(name)
+
+    def points(self, name: str) -> dict:
+        """{points, of}: what a part earns, of what it could; of a cost both are 0 or less."""
+        if name not in POINTS | COSTS:
+            return {}
+        of = (POINTS | COSTS)[name]
+        points = {"points": of * self.value[f"points: {name}"], "of": of if name in self.ends.evidence else 0}
+        return points | ({"of": -of} if name in COSTS else {})
 
     def copies(self) -> list[dict]:
-        """Portraits that are copies of a training face: {prompt, face, distance}."""
+        """Pictures that are copies of a training face: {prompt, face, distance}."""
         own, names, distances = self.features, self.references.names, self.features.nearest_distance
         return [
             {"prompt": own.texts[number], "face": names[own.nearest[number]], "distance": float(distances[number])}
-            for number in np.flatnonzero(distances < self.references.copy_distance)
+            for number in np.flatnonzero(own.is_copy)
         ]
 
     def as_json(self) -> dict:
-        """Every value as an entry, and the copies. The set distance has two units: of it, the share of its points."""
-        own = [name for name in self.value if not name.startswith("points: ")]
-        entries = {"score": self.entry("points: score")} | {name: self.entry(name) for name in own}
-        return entries | {"set distance": self.entry("points: set distance"), "copies": self.copies()}
+        """The score with its maximum, every value as an entry, and the copies."""
+        if self.score is None:
+            return {"score": TOO_FEW, "copies": self.copies()}
+        score = {"value": self.score, "interval": self.interval("points: score"), "n": self.features.portraits}
+        score |= {"maximum": self.maximum, "without": [n for n in POINTS if n not in self.ends.evidence]}
+        style = {"value": float(np.mean([self.value[f"style: {name}"] for name in LINE_ART])), **self.points("style")}
+        entries = {name: self.entry(name) for name in self.value if not name.startswith("points: ")}
+        return {"score": score, "style": style} | entries | {"copies": self.copies()}
 
 
 class Evaluation:
-    """The base's pictures and the training faces, against which LoRA files can then be scored, one after another.
+    """The base's pictures and the faces, against which LoRA files can then be scored, one after another.
 
     config and dataset are the run's, base is a diffusers folder. loras: read_lora() of files by other programs, or of
     other runs, which judge() then takes, too. Raises InputError: one doesn't fit the base.
@@ -232,16 +320,26 @@ class Evaluation:
         self.network, self.network_accuracy = measures.load_attribute_network() if config.demo else (None, {})
         self.clip = None if config.demo else measures.find_clip(device)
         self.references = References(dataset, config, vae, folder_identity(base / "vae"), self.clip)
-        self.jobs, self.portraits = pictures.evaluation_prompts(dataset, config)
-        self.texts = [text for text, _ in self.jobs]
-        self.of_base = None  # only until it is scored
-        self.of_base = self.judge_pictures(self._draw())
+        self.jobs = pictures.evaluation_jobs(dataset, config)
+        self.ends, own = None, self._features(self._draw())
+        if self.references.judge:
+            half = self._features(self.references.half_pixels, self._captions(self.references.half))
+            self.ends = Ends(own, half, self.references)
+        self.of_base = Score(own, self.references, self.ends)
 
-    def _draw(self, numbers=None) -> np.ndarray:
+    def _captions(self, faces: list[int]) -> list[str]:
+        return [self.dataset.texts[self.dataset.first_text[face]] for face in faces]
+
+    def _draw(self, numbers: list[int] | None = None) -> list[np.ndarray]:
         """All jobs' pictures, or those of these numbers."""
-        jobs = self.jobs if numbers is None else [self.jobs[number] for number in numbers]
-        prompts, seeds = zip(*jobs, strict=True)
-        return pictures.draw_pictures(self.pipe, {"prompt": list(prompts)}, list(seeds), self.config)
+        jobs, numbers = self.jobs, range(len(self.jobs.prompts)) if numbers is None else numbers
+        chosen = ([of_all[number] for number in numbers] for of_all in (jobs.prompts, jobs.seeds, jobs.shapes))
+        prompts, seeds, shapes = chosen
+        return pictures.draw_pictures(self.pipe, {"prompt": prompts}, seeds, shapes, self.config)
+
+    def _features(self, pixels: list[np.ndarray], texts: list[str] | None = None) -> Features:
+        texts, portraits = (self.jobs.prompts, self.jobs.portraits) if texts is None else (texts, len(texts))
+        return Features(pixels, texts, portraits, self.references, self.network, self.clip)
 
     @contextlib.contextmanager
     def wearing(self, lora_file: Path):
@@ -271,7 +369,7 @@ class Evaluation:
 
     def at_strengths(self, lora_file: Path, lora: Score) -> tuple[list[list], list[str], list[str]]:
         """The first two prompts on a sheet with the LoRA at each of STRENGTHS, as contact_sheet() wants it."""
-        shown, drawn = list(self.shown())[:2], {0: self.of_base.features.pixels, 1: lora.features.pixels}
+        shown, drawn = self.shown()[:2], {0: self.of_base.features.pixels, 1: lora.features.pixels}
         rows = [{strength: pixels[number] for strength, pixels in drawn.items()} for number in shown]
         with self.wearing(lora_file):
             for strength in STRENGTHS:
@@ -279,24 +377,18 @@ class Evaluation:
                     self.pipe.set_adapters(self.pipe.get_active_adapters(), strength)
                     for row, picture in zip(rows, self._draw(shown), strict=True):
                         row[strength] = picture
-        return [[row[s] for s in STRENGTHS] for row in rows], list(map(str, STRENGTHS)), [self.texts[n] for n in shown]
+        captions = [self.jobs.prompts[number] for number in shown]
+        return [[row[strength] for strength in STRENGTHS] for row in rows], list(map(str, STRENGTHS)), captions
 
-    def judge_pictures(self, pixels: np.ndarray, texts: list[str] | None = None) -> Score:
-        """Score pictures (n, H, W, 3), uint8, wherever they come from: of the prompts, or portraits of these texts."""
-        texts, portraits = (self.texts, self.portraits) if texts is None else (texts, len(texts))
-        features = Features(pixels, texts, portraits, self.references, self.pipe.vae, self.network, self.clip)
-        return Score(features, self.references, self.of_base.features if self.of_base else features)
+    def judge_pictures(self, pixels: list[np.ndarray], texts: list[str] | None = None) -> Score:
+        """Score pictures (H, W, 3), uint8, wherever they come from: of the jobs, or portraits of these texts."""
+        return Score(self._features(pixels, texts), self.references, self.ends)
 
     def judge_held_out(self) -> Score | None:
-        """The score of real faces that were not trained on, sent through the VAE as every picture is; or None."""
-        faces = [self.dataset.faces[face] for face in self.dataset.validation]
-        if not faces:
+        """The score of real faces, of the half that is not the score's upper end: a check. None without ends."""
+        if self.ends is None:
             return None
-        crops = map(self.dataset.square_crop, self.dataset.validation)
-        images = (load_image(face.path, *crop) for face, crop in zip(faces, crops, strict=True))
-        latents = torch.stack([encode_image(self.pipe.vae, image)[0] for image in images])
-        texts = [self.dataset.texts[self.dataset.first_text[face]] for face in self.dataset.validation]
-        return self.judge_pictures(pictures.decode(self.pipe.vae, latents), texts)
+        return self.judge_pictures(self.references.other_pixels, self._captions(self.references.other))
 
     def write(self, folder: Path, lora: Score) -> str:
         """Write before_after.png and scores.json into `folder`; returns the table."""
@@ -304,23 +396,23 @@ class Evaluation:
         held_out = self.judge_held_out()
         scores = {"base": self.of_base.as_json(), "lora": lora.as_json()}
         scores |= {"held_out_faces": held_out.as_json() if held_out else "n/a"}
-        scores |= {"classifier": self.network_accuracy or "n/a", "pictures": len(self.jobs)}
+        scores |= {"classifier": self.network_accuracy or "n/a", "pictures": len(self.jobs.prompts)}
         write_atomic(folder / "scores.json", json.dumps(scores, indent=1).encode())
         return self.table(lora, held_out)
 
-    def shown(self) -> range:
-        """Which of the pictures are on a sheet: the first of each prompt."""
-        prompts, each = len(self.config.sample_prompts), self.config.samples_per_prompt
-        return range(0, each * prompts, each) if prompts else range(min(8, self.portraits))
+    def shown(self) -> list[int]:
+        """Which of the pictures are on a sheet."""
+        return self.jobs.samples or list(range(min(8, len(self.jobs.prompts))))
 
     def rows(self, lora: Score) -> tuple[list[list], list[str], list[str]]:
         """Per prompt: the base's picture, the LoRA's, and the training face nearest to that; for contact_sheet()."""
         shown = self.shown()
-        nearest = [face_pixels(self.dataset, self.dataset.train[lora.features.nearest[number]]) for number in shown]
+        nearest = [self.dataset.train[lora.features.nearest[number]] for number in shown]
+        faces = [pictures.to_pixels(load_image(*self.references.cut(self.dataset, face))) for face in nearest]
         base, own = self.of_base.features.pixels, lora.features.pixels
-        rows = [[base[number], own[number], face] for number, face in zip(shown, nearest, strict=True)]
+        rows = [[base[number], own[number], face] for number, face in zip(shown, faces, strict=True)]
         titles = ["base", "LoRA", "nearest training face"]
-        return rows, titles, [self.texts[number] for number in shown]
+        return rows, titles, [self.jobs.prompts[number] for number in shown]
 
     def table(self, lora: Score, held_out: Score | None) -> str:
         """Measures, parts and score of base, LoRA and real faces."""
@@ -329,22 +421,27 @@ class Evaluation:
             lines.append(f"{title:28s}" + "".join(f"{cell:>{width}}" for cell in cells) + last)
 
         lines, both = [], {"base": self.of_base, "LoRA": lora}
-        add(f"mean of {self.portraits} portraits each", [*both, "faces"], 10, "   5-95 % of faces")
+        copies, drawn = lora.copies(), len(self.jobs.prompts)
+        named = ", ".join(f"{copy['face']} ({copy['distance']:.2f})" for copy in copies[:5])
+        last = f"copies of training faces: {len(copies)} of {drawn} pictures {named}".rstrip()
+        if held_out is None:
+            return f"{TOO_FEW}\n{last}"
+        add(f"mean of {self.jobs.portraits} portraits each", [*both, "faces"], 10, "   5-95 % of faces")
         for name, real in self.references.line_art.items():
             columns = [*(score.features.line_art[name] for score in both.values()), real]
             low, high = np.percentile(real, [5, 95])
             add(name, [f"{column.mean():.3f}" for column in columns], 10, f"   {low:.3f} to {high:.3f}")
-        columns = both | ({"held-out faces": held_out} if held_out else {})
+        columns = both | {"held-out faces": held_out}
         add("points, and 95 % intervals", columns, 23)
-        rows = {name: f"{name}, x {of}" for name, of in POINTS.items()} | {"score": "quality score, 0 to 10"}
-        for name, title in rows.items():
-            add(title, [score.cell(f"points: {name}") for score in columns.values()], 23)
+        for name, of in POINTS.items():
+            possible = f"of {of}" if name in self.ends.evidence else "no evidence"
+            add(f"{name}, {possible}", [score.cell(name) for score in columns.values()], 23)
+        for name, of in COSTS.items():
+            add(f"{name}, costs up to {of}", [score.cell(name) for score in columns.values()], 23)
+        add(f"score, of {self.ends.maximum}", [score.cell("score") for score in columns.values()], 23)
         if self.network:
-            add("balanced accuracy", both, 10, "   its judge, on unseen renders")
+            add("seen of what was asked for", both, 10, "   its judge, on unseen renders")
             for name in ATTRIBUTES:
-                own = [f"{score.value[f'adherence: {name}']:.2f}" for score in both.values()]
+                own = [f"{(1 + score.value[f'adherence: {name}']) / 2:.2f}" for score in both.values()]
                 add(f"  {name}", own, 10, f"   {self.network_accuracy[name]:.3f}")
-        copies = lora.copies()
-        named = ", ".join(f"{copy['face']} ({copy['distance']:.2f})" for copy in copies[:5])
-        lines.append(f"copies of training faces: {len(copies)} of {self.portraits} portraits {named}".rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, last])

@@ -23,10 +23,8 @@ HUB_TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "
 
 def examples(evaluation, score) -> list[tuple[str, np.ndarray]]:
     """(prompt, picture by the LoRA) for each sample prompt; without those that are copies of a training face."""
-    prompts, each = evaluation.config.sample_prompts, evaluation.config.samples_per_prompt
-    copies = score.features.nearest_distance < score.references.copy_distance
-    numbers = [number for number in range(0, each * len(prompts), each) if not copies[number]]
-    return [(score.features.texts[number], score.features.pixels[number]) for number in numbers]
+    drawn = score.features
+    return [(drawn.texts[n], drawn.pixels[n]) for n in evaluation.jobs.samples if not drawn.is_copy[n]]
 
 
 def thumbnail(drawn: list[tuple[str, np.ndarray]]) -> str | None:

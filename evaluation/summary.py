@@ -67,8 +67,9 @@ def print_summary(summary: dict, config, state: TrainingState, run) -> None:
             gained = f"converged after {converged} of {summary['epochs_run']} epochs (95 % of the gain)"
         losses = f"{summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} (x {summary['val_ratio']:.2f})"
         run.log(f"Validation loss {losses}; {gained}")
-    if summary["score_lora"] is not None:
-        run.log(f"Quality score {summary['score_base']:.1f} -> {summary['score_lora']:.1f} of 10")
+    if summary["score_in_words"]:
+        ends = f" (0: as the base, {summary['score_maximum']}: as the artist)" if summary["score_maximum"] else ""
+        run.log(f"Score: {summary['score_in_words']}{ends}")
     run.log(f"Best epoch: {summary['best_epoch']} of {summary['epochs_run']}, {summary['best_reason']}")
     run.log(f"Weight decay over the whole run: weights x {math.exp(state.total_log_decay):.8f}")
     first_step = f", first step after {summary['first_step_s']:.0f} s" if summary["first_step_s"] else ""

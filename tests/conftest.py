@@ -122,10 +122,10 @@ def demo_faces() -> Path:
     return ROOT / "demo" / "faces"
 
 
-def copy_faces(demo_faces: Path, folder: Path) -> Path:
-    """The first 20 of the demo's faces and their captions: 16 to train on, 4 held out."""
+def copy_faces(demo_faces: Path, folder: Path, count: int = 20) -> Path:
+    """The first of the demo's faces and their captions; of 20 there are 16 to train on and 4 held out."""
     folder.mkdir()
-    entries = json.loads((demo_faces / "modified_face_250.json").read_text(encoding="utf-8"))[:20]
+    entries = json.loads((demo_faces / "modified_face_250.json").read_text(encoding="utf-8"))[:count]
     for entry in entries:
         shutil.copy(demo_faces / f"{entry['image_name']}.png", folder)
     (folder / "modified_face_250.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -142,6 +142,22 @@ def shared_faces(tmp_path_factory, demo_faces) -> Path:
 def faces(tmp_path, demo_faces) -> Path:
     """20 faces that a test may change."""
     return copy_faces(demo_faces, tmp_path / "faces")
+
+
+STYLES = ("coloured", "grey_toned")  # of tests/styles
+
+
+def write_faces(style: str, folder: Path, count: int = 144) -> Path:
+    """The first faces of a sheet in tests/styles with their captions, as a data set in `folder`."""
+    folder.mkdir(parents=True)
+    sheet = Image.open(ROOT / "tests" / "styles" / f"{style}.png").convert("RGB")
+    captions = json.loads((ROOT / "tests" / "styles" / "captions.json").read_text(encoding="utf-8"))[style][:count]
+    for number in range(count):
+        top, left = number // 12 * 64, number % 12 * 64
+        sheet.crop((left, top, left + 64, top + 64)).save(folder / f"face{number:03d}.png")
+    entries = [{"image_name": f"face{number:03d}", "captions": [text]} for number, text in enumerate(captions)]
+    (folder / "modified_face_250.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder
 
 
 def small_config(folder: Path, faces: Path, base: Path, **changes):
@@ -226,6 +242,12 @@ def place(tmp_path, small_faces, monkeypatch) -> Path:
     shutil.copytree(small_faces, tmp_path / "faces")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def random_bases_are_no_surprise(monkeypatch):
+    """The tests' own bases predict nothing, of which every run would be warned, after three more validations."""
+    monkeypatch.setattr("training.denoising.BAD_LOSS", 9.0)
 
 
 # UNets of toy widths with LoRA ------------------------------------------------------------------------------------

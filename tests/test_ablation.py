@@ -163,6 +163,7 @@ def test_a_run_trains_with_its_swap_scores_and_is_not_repeated(tiny_base, shared
             "pretrained_model": str(tiny_base),
             "lora_rank": 4,
             "lora_alpha": 8,
+            "validation_share": 0.4,  # 8 faces: a score
             "sample_prompts": ("a manga face",),
         },
     )

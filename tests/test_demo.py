@@ -128,11 +128,11 @@ def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment,
     assert low <= lora <= high
     summary = json.loads((tmp_path / "demo_output" / "summary.json").read_text())
     assert summary["val_ratio"] <= 0.85
-    assert summary["score_lora"] >= summary["score_base"] + 1.5
+    assert summary["score_maximum"] >= 8 and summary["score"] >= 0.5 * summary["score_maximum"]
     scores = json.loads((tmp_path / "demo_output" / "scores.json").read_text())
-    assert scores["lora"]["copies"] == [] and scores["lora"]["diversity"]["value"] >= 0.5
+    assert scores["lora"]["copies"] == [] and scores["lora"]["diversity"]["value"] >= 0.8
     last = printed[printed.index("Validation loss 0.0") :]
-    assert "converged after" in last and "Quality score" in last and "Best epoch: " in last
+    assert "converged after" in last and "Score: " in last and "Best epoch: " in last
     report = json.loads((ROOT / "demo" / "base" / "training.json").read_text())
     assert report["held_out_loss"]["colour_lorelei"] <= 0.08
 

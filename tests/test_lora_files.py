@@ -5,9 +5,11 @@ python -m pytest tests/test_lora_files.py
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SD15_CONFIG
 from safetensors.torch import load_file, save_file
 
 from evaluation.pictures import build_pipeline
@@ -152,9 +154,10 @@ def attention_processors_alone(lora):
 
 
 EVERYTHING = ATTENTION + FEED_FORWARD + CONVOLUTIONS + TEXT
+FULL = "kohya with feed-forward, convolutions and text encoder"
 LAYOUTS = {
     "kohya": (kohya, ATTENTION),
-    "kohya with feed-forward, convolutions and text encoder": (kohya, EVERYTHING),
+    FULL: (kohya, EVERYTHING),
     "text encoder alone": (kohya, TEXT),
     "te1": (kohya_te1, ATTENTION + TEXT),
     "diffusers": (diffusers_layout, EVERYTHING),
@@ -188,9 +191,7 @@ def test_every_layout_draws_as_weights_merged_by_hand_and_is_taken_off_whole(new
     assert torch.equal(outputs(pipe), before)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in LAYOUTS if name != "processors alone"]
-)  # of which diffusers' pipelines take nothing
+@pytest.mark.parametrize("name", [FULL, "diffusers", "processors"])
 def test_every_layout_draws_to_the_bit_what_diffusers_own_loader_makes_of_the_file(new_pipe, tmp_path, name):
     """If all layers have one alpha: of several, diffusers gives all layers in kohya's layout the most frequent one."""
     layout, layers = LAYOUTS[name]
@@ -200,8 +201,7 @@ def test_every_layout_draws_to_the_bit_what_diffusers_own_loader_makes_of_the_fi
     assert torch.equal(load(pipe, file), outputs(theirs))
 
 
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(("part", "use_rslora"), [("unet", True), ("text_encoder", False)])
 def test_a_folder_that_peft_saved_draws_as_peft_s_own_model(new_pipe, tmp_path, part, use_rslora):
     from peft import LoraConfig, get_peft_model
 
@@ -224,11 +224,44 @@ def test_layers_that_clip_skip_took_away_are_left_out_and_no_others(new_pipe, tm
     assert torch.allclose(ours, outputs(merge(new_pipe(clip_skip=2), first)), atol=2e-5)
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pt"])
-def test_a_pickle_of_tensors_draws_what_the_safetensors_does(new_pipe, tmp_path, suffix):
-    file = written(tmp_path, kohya, random_lora(new_pipe(), ATTENTION))
-    torch.save(load_file(file), tmp_path / f"theirs{suffix}")
-    assert torch.equal(load(new_pipe(), file), load(new_pipe(), tmp_path / f"theirs{suffix}"))
+def test_a_pickle_of_tensors_holds_what_the_safetensors_does(parts, tmp_path):
+    file = written(tmp_path, kohya, random_lora(SimpleNamespace(unet=parts[1]), ATTENTION))
+    torch.save(load_file(file), file.with_suffix(".pt"))
+    one, other = read_lora(file), read_lora(file.with_suffix(".pt"))
+    assert one.keys() == other.keys() and len(one) == len(ATTENTION)
+    for name, (down, up, alpha) in one.items():
+        assert down.equal(other[name].down) and up.equal(other[name].up) and alpha == other[name].alpha
+
+
+def test_all_264_layers_of_kohya_s_sd15_lora_find_their_place(tmp_path):
+    """Its trainer says "create LoRA for Text Encoder: 72 modules" and "for U-Net: 192 modules"."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15_CONFIG)
+        text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072))
+    tensors = {}
+
+    def add(prefix, root, parents):  # as kohya does: every linear layer and convolution in modules of these classes
+        for name, module in root.named_modules():
+            if type(module).__name__ not in parents:
+                continue
+            for path, layer in module.named_modules():
+                if type(layer).__name__ in ("Linear", "LoRACompatibleLinear", "Conv2d"):
+                    (out, width), kernel = layer.weight.shape[:2], layer.weight.shape[2:]
+                    full = f"{prefix}.{name}.{path}".replace(".", "_")
+                    tensors[f"{full}.lora_down.weight"] = torch.zeros(1, width, *kernel, dtype=torch.float16)
+                    tensors[f"{full}.lora_up.weight"] = torch.zeros(out, 1, *kernel, dtype=torch.float16)
+                    tensors[f"{full}.alpha"] = torch.tensor(1.0)
+
+    add("lora_unet", unet, ("Transformer2DModel",))
+    prefix = "lora_te" if hasattr(text_encoder, "text_model") else "lora_te_text_model"  # as transformers 4 has it
+    add(prefix, text_encoder, ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"))
+    save_file(tensors, file := tmp_path / "theirs.safetensors")
+    parts = read_lora(file)
+    fitted = fit(file, parts, unet, text_encoder)
+    assert {name: len(layers) for name, layers in fitted.items()} == {"unet": 192, "text_encoder": 72}
 
 
 # What isn't a LoRA, or not one for this base: named, in one line ----------------------------------------------------
@@ -258,16 +291,18 @@ REFUSED = {  # what is in the file, words of the message
     "something else": ({"weights": torch.ones(3)}, "its first tensor is 'weights'"),
     "nothing": ({}, "is no LoRA, but empty"),
     "DoRA": (PAIR | {f"{GOOD}.dora_scale": torch.ones(16)}, "dora_scale', which diffusers leaves out"),
+    "a lone alpha": (PAIR | {f"{GOOD}_lora.alpha": torch.tensor(1.0)}, "_lora.alpha', which diffusers leaves out"),
+    "a name that colours the screen": ({f"{GOOD}\x1b[31m.lora_up.weight": torch.ones(4, 4)}, "\\x1b[31m' has one half"),
     "half of a layer": (halved(PAIR), "one half of its LoRA only"),
     "not finite": ({name: tensor * float("inf") for name, tensor in PAIR.items()}, "not finite"),
-    "SDXL, by shape": (wide(2048), "is for SDXL: its text is 2048 wide; this base's 16"),
+    "SDXL, by shape": (wide(2048), "is for SDXL, whose text is 2048 wide; this base's is 16"),
     "SDXL, by name": (
         {name.replace("unet_mid_block", "te2_text_model"): tensor for name, tensor in PAIR.items()},
         "is for SDXL",
     ),
-    "SD 2": (wide(1024), "is for Stable Diffusion 2.x: its text is 1024 wide; this base's 16"),
+    "SD 2": (wide(1024), "is for Stable Diffusion 2.x, whose text is 1024 wide; this base's is 16"),
     "SD 1.5 on the tiny base": (wide(768), "is for Stable Diffusion 1.x"),
-    "another width": (wide(512), "is for another model: its text is 512 wide"),
+    "another width": (wide(512), "is for another model, whose text is 512 wide"),
     "another architecture": (STRANGE, "1 of its 1 layers aren't in this base"),
     "other shapes": (
         {f"{GOOD}.lora_down.weight": torch.ones(4, 8), f"{GOOD}.lora_up.weight": torch.ones(8, 4)},

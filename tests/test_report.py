@@ -27,7 +27,7 @@ from evaluation import report
 from evaluation.curves import BOTTOM, LEFT, RIGHT, TOP, Metrics, chart
 from evaluation.pictures import write_album
 from evaluation.report import IN_WORDS, write_comparison, write_report
-from evaluation.score import POINTS, STRENGTHS, Evaluation
+from evaluation.score import COSTS, POINTS, STRENGTHS, Evaluation
 from lora_layers import inject_lora, save_lora_weights
 from training.base_model import load_tokenizer, load_unet
 from training.folder import METRICS
@@ -73,7 +73,11 @@ def make_run(folder: Path, text: str = "a face", finished: bool = True, **change
         candidates = [{"epoch": 2, "score": 5.5, "interval": [5.0, 6.0]}, {"epoch": 3, "score": "n/a"}]
         best = {"epoch": 2, "reason": f"the best of {text}", "candidates": candidates}
         (folder / "best.json").write_text(json.dumps(best))
-        lora = {"score": entry(6.1), "style": entry(0.4, points=1.5, of=3), f"new {text}": entry(1, points=-0.5, of=0)}
+        lora = {
+            "score": entry(6.1, maximum=10),
+            "style": entry(0.4, points=1.5, of=3),
+            f"new {text}": entry(1, points=-0.5, of=-3),
+        }
         scores = {"base": {"style": entry(0.9, points=0.2, of=3)}, "lora": lora, "held_out_faces": "n/a"}
         (folder / "scores.json").write_text(json.dumps(scores))
         history = [[epoch, loss, 0.004] for epoch, loss in enumerate(LOSSES)]
@@ -142,9 +146,16 @@ def test_a_report_tells_all_of_a_finished_run_and_the_sentence_first(tmp_path):
         "Score of the candidates",
         "Score: 6.1 (5.8 to 6.4) of 10",
         IN_WORDS["style"],
-        "style: 1.5 of 3, base 0.2",
+        "style: 1.5, of 3, base 0.2",
     ]
-    parts += ["what it means", "new a face: -0.5", "The data set", "Only 12 steps", "num_train_epochs", "all settings"]
+    parts += [
+        "what it means",
+        "new a face: -0.5, at worst -3",
+        "The data set",
+        "Only 12 steps",
+        "num_train_epochs",
+        "all settings",
+    ]
     parts += [
         "python train_manga_lora.py 'a face'",
         "seed 0",
@@ -192,7 +203,7 @@ def test_pictures_are_embedded_as_they_were_drawn(tmp_path):
 
 def test_parts_of_the_score_have_plain_words_and_a_meaning_in_the_docs(tmp_path):
     text = report.METHOD.read_text(encoding="utf-8").split("## The quality score")[1]
-    for part in POINTS:
+    for part in POINTS | COSTS:
         assert part in IN_WORDS and f"\n| {part} | " in text, part
 
 
@@ -282,10 +293,13 @@ def test_the_smoothed_loss_is_the_mean_of_the_last_epoch_of_steps(tmp_path):
 def fake_comparison(names, text="a face"):
     """(an Evaluation, {name: Score}) of one prompt."""
     scores = [
-        SimpleNamespace(features=SimpleNamespace(pixels=[picture(n)]), as_json=lambda n=n: {"score": entry(5.0 + n)})
+        SimpleNamespace(
+            features=SimpleNamespace(pixels=[picture(n)]), as_json=lambda n=n: {"score": entry(5.0 + n, maximum=8)}
+        )
         for n in range(len(names) + 1)
     ]
-    evaluation = SimpleNamespace(of_base=scores[0], texts=[f"{text} shown"], shown=lambda: range(1))
+    jobs = SimpleNamespace(prompts=[f"{text} shown"])
+    evaluation = SimpleNamespace(of_base=scores[0], jobs=jobs, shown=lambda: [0])
     return evaluation, dict(zip(names, scores[1:], strict=True))
 
 
@@ -300,7 +314,7 @@ def test_a_comparison_shows_runs_side_by_side_and_what_differs(tmp_path):
     for part in [
         "b has the highest score",
         "base alone",
-        "7.0 (6.7 to 7.3)",
+        "7.0 (6.7 to 7.3) of 8",
         "theirs",
         "a face shown",
         "Validation loss",

@@ -86,12 +86,9 @@ def test_pictures_are_generated_ones_and_copies_of_training_faces_are_left_out(s
     assert (folder / "my_style.png").read_bytes() == (folder / "images" / "1.png").read_bytes()
 
     class Score:
-        features = type(
-            "F", (), {"nearest_distance": np.array([0.1, 1, 1, 1]), "texts": [*"aabb"], "pixels": [*range(4)]}
-        )
-        references = type("R", (), {"copy_distance": 0.5})
+        features = type("F", (), {"is_copy": [True, False, False, False], "texts": [*"aabb"], "pixels": [*range(4)]})
 
-    evaluation = type("Evaluation", (), {"config": config})
+    evaluation = type("Evaluation", (), {"jobs": type("Jobs", (), {"samples": [0, 2]})})
     assert share.examples(evaluation, Score) == [("b", 2)]
 
 

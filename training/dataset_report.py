@@ -93,7 +93,8 @@ def _base_trouble(pretrained_model: str) -> str:
     except Unreachable:
         return f"The base {name!r} is not on this machine and can't be downloaded: no text's length is known"
     except BaseModelError as error:
-        return f"The base {name!r} can't be read: {shown(str(error))}"
+        why = "".join(letter if letter.isprintable() else "?" for letter in str(error))
+        return f"The base {name!r} can't be read: {why}"
     return ""
 
 

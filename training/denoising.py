@@ -221,15 +221,14 @@ def validate(
     return of_faces.mean().item(), (of_faces.std() / math.sqrt(count)).item()
 
 
-def check_prediction(validate_with: Callable, scheduler, loss: float, base: Path, log: Callable) -> None:
+def check_prediction(unet, scheduler, rest: tuple, loss: float | None, base: Path, log: Callable) -> None:
     """Is the base what its scheduler's config says, one that predicts the noise, or v? Told before the first step.
 
     Declared wrongly, it would seem to train, and never draw anything. A loss is held against that of predicting 0,
     which for the noise is 1, for v less.
 
     Args:
-        validate_with(scheduler, unet=None): what validate() finds with another one.
-        loss: what it found of the base as it is.
+        rest: the other arguments of validate(), with which it found this loss of the base as it is; None = not yet.
 
     Raises BaseModelError: the other prediction_type fits, this one doesn't.
     """
@@ -239,11 +238,12 @@ def check_prediction(validate_with: Callable, scheduler, loss: float, base: Path
 
     declared = scheduler.config.prediction_type
     other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}[declared]
-    guess = validate_with(scheduler, zero)
+    loss = loss or (validate(unet, scheduler, *rest) or [0.0])[0]
+    guess = loss > BAD_LOSS / 4 and validate(zero, scheduler, *rest)  # predicting 0 costs more than a quarter
     if not guess or not loss > BAD_LOSS * guess[0]:
         return
     another = type(scheduler).from_config(scheduler.config, prediction_type=other)
-    found = [validate_with(another), validate_with(another, zero)]
+    found = [validate(network, another, *rest) for network in (unet, zero)]
     if all(found) and (share := found[0][0] / found[1][0]) < min(BAD_LOSS, loss / guess[0] / 2):
         why = f"the base predicts something else than it says (error {loss / guess[0]:.0%}, with the other {share:.0%})"
         remedy = f'"prediction_type": "{other}" instead of "{declared}"'

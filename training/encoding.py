@@ -116,7 +116,6 @@ def encode_faces(
     vae_identity: str,
     load_vae: Callable,
     process: tuple[int, int, Callable] = (0, 1, lambda: None),
-    crops: list[tuple] | None = None,
 ) -> Encoded:
     """Latent mean and standard deviation of every face, from the cache where their content was encoded before.
 
@@ -128,7 +127,6 @@ def encode_faces(
         load_vae: called only if a face is missing; returns an AutoencoderKL (float32: SD1.5's VAE overflows in
             float16 on some images).
         process: (rank, number of processes, barrier): each process encodes its share of what is missing.
-        crops: (box, shape) of each face, see load_image(); None = its own.
 
     Shape: of each face (2, C, h, w), float32, times the VAE's scaling factor.
 
@@ -136,8 +134,7 @@ def encode_faces(
         InputError: a face encodes to a non-finite latent.
         Stop(3): the disk can't hold them.
     """
-    crops = crops or [(face.box, face.shape) for face in dataset.faces]
-    keys = [_key("latents", vae_identity, *crop, face.sha256) for crop, face in zip(crops, dataset.faces, strict=True)]
+    keys = [_key("latents", vae_identity, face.box, face.shape, face.sha256) for face in dataset.faces]
 
     def make(missing: list[int]):
         vae = load_vae()
@@ -145,13 +142,13 @@ def encode_faces(
             face = dataset.faces[index]
             if sha256_of(face.path) != face.sha256:
                 raise InputError(f"{face.path} has changed since the start of this run: start it again")
-            latents = encode_image(vae, load_image(face.path, *crops[index]))
+            latents = encode_image(vae, load_image(face.path, face.box, face.shape))
             if not latents.isfinite().all():
                 raise InputError(f"{face.path} encodes to NaN: look at it, or remove it from the caption file")
             yield latents
 
     cache = Cache(Path(cache_dir, "latents"), process)
-    cache.fill(keys, make, "faces", [math.prod(shape) for _, shape in crops])
+    cache.fill(keys, make, "faces", [math.prod(face.shape) for face in dataset.faces])
     return Encoded(cache, keys)
 
 

@@ -80,12 +80,13 @@ def read_lora(file: Path) -> dict[str, Part]:
             alphas[key.removesuffix(".alpha")] = tensor.item()
         else:
             rest.append(key)
+    rest += [f"{module}.alpha" for module in alphas.keys() - ends.keys()]
     if rest:
-        raise InputError(f"{file} holds {rest[0]!r:.100}, which diffusers leaves out or refuses: not only a LoRA")
+        raise InputError(f"{file} holds {min(rest)!r:.100}, which diffusers leaves out or refuses: not only a LoRA")
     parts = {}
     for module, pair in ends.items():
         if pair.keys() != {"down", "up"}:
-            raise InputError(f"{file}: {module:.100} has one half of its LoRA only: get the file again")
+            raise InputError(f"{file}: {module!r:.100} has one half of its LoRA only: get the file again")
         try:
             down, up = (tensor if tensor.dtype in DTYPES else tensor.float() for tensor in (pair["down"], pair["up"]))
             alpha = float(alphas[module] if module in alphas else _noted_alpha(header, module, len(down)))
@@ -93,7 +94,7 @@ def read_lora(file: Path) -> dict[str, Part]:
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"{file} can't be read as a LoRA ({str(error)[:100]!r}): get it again") from None
         if not finite:
-            raise InputError(f"{file}: {module:.100} has values that are not finite: get it again, or train it again")
+            raise InputError(f"{file}: {module!r:.100} has values that are not finite: get it again, or train it again")
         parts[_name(module)] = Part(down, up, alpha)
     return parts
 
@@ -121,7 +122,7 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise InputError(f"{file} can't be read as a LoRA ({reason}): get it again") from None
     if not any(map(END.fullmatch, names)):
         what = next((what for name in names for start, what in OTHERS.items() if re.match(start, name)), None)
-        what = what or (f"none: its first tensor is {min(names)!r:.100}" if names else "empty")
+        what = what or (f"something else: its first tensor is {min(names)!r:.100}" if names else "empty")
         raise InputError(f"{file} is no LoRA, but {what}")
     return tensors, header if isinstance(header, dict) else {}
 
@@ -165,11 +166,12 @@ def fit(file: Path, parts: dict[str, Part], unet, text_encoder) -> dict[str, dic
         return name.replace("lora_te_text_model_", "lora_te_")
 
     width = unet.config.cross_attention_dim
-    for name, part in parts.items():
-        own = part.down.shape[1] if re.search("attn2_to_[kv]$", name) and part.down.ndim > 1 else width
-        if own != width or name.startswith("lora_te2_"):
-            kind = WIDTHS.get(own if own != width else 2048, "another model")
-            raise InputError(f"{file} is for {kind}: its text is {own} wide; this base's {width}: name a base it fits")
+    readers = [part.down for name, part in parts.items() if re.search("attn2_to_[kv]$", name)]  # of the text
+    widths = {down.shape[1] for down in readers if down.ndim > 1} - {width}
+    if widths or any(name.startswith("lora_te2_") for name in parts):
+        own = max(widths, default=2048)
+        kind = WIDTHS.get(own, "another model")
+        raise InputError(f"{file} is for {kind}, whose text is {own} wide; this base's is {width}: name a base it fits")
     known = {}
     for prefix, model in (("unet", unet), ("te", text_encoder)):
         for path, layer in model.named_modules():
@@ -187,12 +189,14 @@ def fit(file: Path, parts: dict[str, Part], unet, text_encoder) -> dict[str, dic
         shapes = ((rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in kernel)))
         if rank < 1 or down.numel() != torch.Size(shapes[0]).numel() or up.numel() != torch.Size(shapes[1]).numel():
             what = f"{list(up.shape)} x {list(down.shape)}, where this base has {list(weight.shape)}"
-            raise InputError(f"{file} is for another model: {name} is {what}: name a base it fits")
+            raise InputError(f"{file} is for another model: {name!r:.100} is {what}: name a base it fits")
         part = Part(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
         fitted["unet" if prefix == "unet" else "text_encoder"][path] = part
     if strange:
         counts = f"{len(strange)} of its {len(parts)} layers aren't in this base"
-        raise InputError(f"{file} is for another model: {counts}, the first is {strange[0][:100]}: name a base it fits")
+        raise InputError(
+            f"{file} is for another model: {counts}, the first is {strange[0]!r:.100}: name a base it fits"
+        )
     return fitted
 
 

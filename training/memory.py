@@ -13,6 +13,7 @@ from training.files import Stop
 
 CHECKPOINTED = {  # what is not kept for the backward pass, but computed again; SD1.5's share of extra work, counted
     "nothing": "nothing is computed twice",
+    "cheap": "norms and gates are computed twice",  # see training/lean.py, without which there is no such plan
     "largest": "the transformer blocks of the highest resolution are computed twice (+ 10 % work)",
     "all": "all blocks are computed twice (+ 33 % work)",
 }
@@ -35,9 +36,11 @@ class MemoryPlan:
     needed: float  # bytes of activations, with RESERVE
 
     def apply(self, unet) -> None:
-        """Switch on diffusers' checkpointing where this plan wants it."""
+        """Switch on what this plan wants to have computed again; the rest is diffusers' checkpointing."""
         unet.disable_gradient_checkpointing()
-        if self.checkpointing != "nothing":
+        if hasattr(unet, "cheap_twice"):
+            unet.cheap_twice.is_on = self.checkpointing != "nothing"
+        if self.checkpointing in ("largest", "all"):
             unet.enable_gradient_checkpointing()
         if self.checkpointing == "largest":
             largest = _blocks(unet, "Transformer2DModel", "largest")
@@ -63,15 +66,40 @@ def memory_plans(unet, latent_shape: tuple, text_shape: tuple, images: int, chec
 
     latent_shape, text_shape: (C, h, w) and (T, D). checkpointing: "auto", "on" (recompute all) or "off" (nothing).
     """
+    tiers = {"auto": CHECKPOINTED, "on": ("all",), "off": ("nothing",)}[checkpointing]
+    blocks = _blocks(unet, "BasicTransformerBlock", "all") | _blocks(unet, "ResnetBlock2D", "all")
+    plans, has_cheap = [], hasattr(unet, "cheap_twice")
+    try:
+        for tier in tiers:
+            if tier == "cheap" and not has_cheap:
+                continue
+            if not plans or tier == "cheap":  # the others have the same blocks
+                kept, weights, largest = _count(unet, latent_shape, text_shape, blocks, has_cheap and tier != "nothing")
+            of_all = {"all": blocks, "largest": _blocks(unet, "BasicTransformerBlock", "largest")}
+            again = of_all.get(tier, set())
+            of_one = kept - sum(own - entry for own, entry in (weights[block] for block in again))
+            of_one += max((weights[block][0] for block in again), default=0)
+            of_one += 3 * largest if has_cheap and tier != "nothing" else 0  # a norm or gate while it is computed again
+            plans += [MemoryPlan(n, tier, RESERVE * n * of_one) for n in range(images, 0, -1) if images % n == 0]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return plans or [MemoryPlan(1, "nothing" if checkpointing == "off" else "all", float("inf"))]
+    return plans
+
+
+def _count(unet, latent_shape: tuple, text_shape: tuple, blocks: set, cheap_twice: bool) -> tuple[int, dict, int]:
+    """Of one image: (bytes that autograd keeps, {block: (its own, its input's)}, the largest tensor's)."""
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*unet.parameters(), *unet.buffers())}
-    kept, starts, weights = 0, {}, {}  # bytes so far; at a block's start; (a block's own, its input's)
+    kept, largest, starts, weights = 0, 0, {}, {}
 
     def weigh(tensor):
-        nonlocal kept
+        nonlocal kept, largest
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             kept += storage.nbytes()
+            largest = max(largest, storage.nbytes())
         return tensor.detach()  # the tensor itself would hold the graph, which holds what is returned here: for ever
 
     def enter(block, _):
@@ -80,30 +108,19 @@ def memory_plans(unet, latent_shape: tuple, text_shape: tuple, images: int, chec
     def leave(block, inputs, _):
         weights[block] = (kept - starts[block], inputs[0].nbytes)
 
-    blocks = _blocks(unet, "BasicTransformerBlock", "all") | _blocks(unet, "ResnetBlock2D", "all")
     hooks = [block.register_forward_pre_hook(enter) for block in blocks]
     hooks += [block.register_forward_hook(leave) for block in blocks]
     latents, text = (torch.zeros(1, *shape).to(unet.device, unet.dtype) for shape in (latent_shape, text_shape))
     unet.disable_gradient_checkpointing()
+    if hasattr(unet, "cheap_twice"):
+        unet.cheap_twice.is_on = cheap_twice
     try:
         with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
             unet(latents, torch.zeros(1, device=unet.device, dtype=torch.long), text)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return [MemoryPlan(1, "nothing" if checkpointing == "off" else "all", float("inf"))]
     finally:
         for hook in hooks:
             hook.remove()
-
-    tiers = {"auto": CHECKPOINTED, "on": ("all",), "off": ("nothing",)}[checkpointing]
-    plans = []
-    for tier in tiers:
-        again = {"nothing": set(), "all": blocks, "largest": _blocks(unet, "BasicTransformerBlock", "largest")}[tier]
-        of_one = kept - sum(own - entry for own, entry in (weights[block] for block in again))
-        of_one += max((weights[block][0] for block in again), default=0)
-        plans += [MemoryPlan(n, tier, RESERVE * n * of_one) for n in range(images, 0, -1) if images % n == 0]
-    return plans
+    return kept, weights, largest
 
 
 def choose_plan(plans: list[MemoryPlan], free: float) -> MemoryPlan:

@@ -14,6 +14,7 @@ from training.denoising import Batch, accumulate_gradients, sum_over_processes
 from training.encoding import EncodedDataset
 from training.files import Stop
 from training.fused import fuse_lora
+from training.lean import keep_less
 from training.lora_files import start_from
 from training.memory import Plans
 
@@ -55,6 +56,8 @@ def build_model(config, base: Path, device: torch.device, dtype: torch.dtype, lo
         log(start_from(unet, config))
     if not fuse_lora(unet):
         log("lora_layers.py has another formula than training/fused.py computes: yours is used, a little slower")
+    if not keep_less(unet):
+        log("diffusers has other blocks than training/lean.py knows: they are used as they are, with more memory")
     weights = flatten_lora(unet)
     unet.train()
     share = len(weights) / sum(parameter.numel() for parameter in unet.parameters())

@@ -1,4 +1,4 @@
-"""Trains the two LoRAs beside it, which test_evaluate.py puts in order: minutes on two cores.
+"""Trains the five LoRAs beside it, one run's, which test_evaluate.py puts in order: minutes on two cores.
 
 python tests/demo_lora/write_demo_lora.py
 """
@@ -16,8 +16,8 @@ import train_manga_lora as trainer  # noqa: E402
 from lora_layers import save_lora_weights  # noqa: E402
 
 RANK = 4  # the demo's 16 would be four times the file
-RATE = 5e-4  # at the demo's rate the score stands still after a quarter, and nothing could be put in order
-EPOCHS = {"quarter": 2, "finished": 8}
+RATE = 5e-4  # slow, so that each step towards the ink can be seen
+EPOCHS = {"eighth": 1, "quarter": 2, "half": 4, "three_quarters": 6, "finished": 8}
 
 
 def keep(folder, unet, labels, state):

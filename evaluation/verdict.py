@@ -1,0 +1,115 @@
+"""The sentence at the end: what was learnt, what is wrong, what to change."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FEWEST_HELD_OUT = 8
+HARDLY = 0.2  # of the difference between two of the base's pictures: the LoRA changes less than that
+LEARNT = 0.5  # of style's points
+SMEARED = 0.7  # of the share of held-out faces that pass as whole; below it pictures are smeared
+MANY_COPIES = 0.1  # of the pictures
+STILL_FALLING = 0.1  # of the gain in validation loss came in the second half of all learning
+APART = 5.0  # Ashman's D: two styles, not one that varies
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the sentence is made of; None = not known.
+
+    moved: mean difference of the LoRA's pictures from the base's of the same prompt and seed, over that of two of the
+    base's; style: share of its points; whole: share of the pictures that pass as whole faces, and of held-out faces;
+    copied: different training faces that pictures copy; copies: share of the pictures; better: {epoch: share of whole
+    faces} of other kept epochs; losses: (before training, lowest).
+    """
+
+    learning_rate: float
+    epochs: int
+    best_epoch: int
+    faces: int
+    held_out: int
+    losses: tuple[float, float] | None = None
+    is_falling: bool = False
+    score: float | None = None
+    moved: float | None = None
+    style: float | None = None
+    whole: tuple[float, float] | None = None
+    copied: int = 0
+    copies: float = 0.0
+    better: tuple[tuple[int, float], ...] = ()
+    same_captions: bool = False
+    styles: tuple[int, int] | None = None
+
+
+def verdict(facts: Facts) -> str:
+    """One or two sentences. Epochs are recommended only if their file is kept."""
+    rate = f"learning_rate ({facts.learning_rate:g})"
+    also = [" All captions are the same, so prompts make no difference."] if facts.same_captions else []
+    if facts.styles:
+        also += [f" The faces are of two styles ({facts.styles[0]} and {facts.styles[1]}): train them apart."]
+    worse = facts.losses is not None and facts.losses[1] >= facts.losses[0]
+    if facts.moved is not None and facts.moved < HARDLY:
+        main = f"Hardly differs from the base: raise {rate} or num_train_epochs ({facts.epochs})."
+    elif facts.copies > MANY_COPIES:
+        main = f"Copies {facts.copied} of {facts.faces} training faces: fewer epochs, or more pictures."
+    elif facts.held_out < FEWEST_HELD_OUT:
+        main = f"Too few faces to judge: {facts.held_out} held out, {FEWEST_HELD_OUT} are needed. Believe your eyes."
+    elif worse or (facts.score is not None and facts.score < 0):
+        main = f"Worse than the base: lower {rate}, to a quarter."
+    elif facts.style is None:
+        main = "Learnt, by the validation loss; no pictures were drawn to judge."
+    else:
+        learnt = facts.style >= LEARNT
+        main = "Style learnt" if learnt else "Style learnt in part"
+        if facts.whole and facts.whole[0] < SMEARED * facts.whole[1]:
+            main += f", but faces are smeared in {1 - facts.whole[0]:.0%} of the pictures: lower {rate}"
+            ahead = [(whole, epoch) for epoch, whole in facts.better if whole > facts.whole[0] + 0.1]
+            main += f", or take epoch {max(ahead)[1]} from candidates." if ahead else ", or show larger faces."
+        else:
+            main += ", faces intact." if facts.whole else "."
+            if facts.is_falling and facts.best_epoch == facts.epochs:
+                main += " More epochs may be better still."
+            elif not learnt:
+                main += f" Raise {rate} a little."
+    return "".join([main, *also])
+
+
+def moved(base: np.ndarray, own: np.ndarray) -> float:
+    """How far pictures are from the base's of the same prompts and seeds, in units of how far two of those are apart.
+
+    Shape: (n, H, W, 3) each, n >= 2.
+    """
+    base, own = base.astype(np.float32), own.astype(np.float32)
+    return float(np.abs(own - base).mean() / max(np.abs(base - np.roll(base, 1, axis=0)).mean(), 1e-6))
+
+
+def two_styles(measures: dict[str, np.ndarray]) -> tuple[int, int] | None:
+    """How many faces are of each of two styles, if there are two: some measure falls into two heaps far apart.
+
+    Ashman's D (Ashman et al. 1994), sqrt 2 |m1 - m2| / sqrt(s1^2 + s2^2), of the best split into two parts of at least
+    a fifth each. Split anywhere, one normal heap has at most 3, a uniform one 3.5.
+
+    measures: each (n,), of the training faces.
+    """
+    for values in measures.values():
+        ordered, least = np.sort(values), max(3, len(values) // 5)
+        floor, apart = 0.02 * (abs(ordered).max() + 1e-9), {}
+        for cut in range(least, len(ordered) - least + 1):
+            low, high = ordered[:cut], ordered[cut:]
+            apart[cut] = 2**0.5 * (high.mean() - low.mean()) / max(np.hypot(low.std(), high.std()), floor)
+        if apart and apart[best := max(apart, key=apart.get)] > APART:
+            return best, len(ordered) - best
+    return None
+
+
+def is_falling(losses: list[tuple[float, float]]) -> bool:
+    """Whether the validation loss still fell, at the end, for the learning that was done.
+
+    A rate that goes to 0 ends every curve flat. So progress is measured along the sum of the learning rates: is more
+    than a tenth of the whole gain from its second half?
+
+    losses: (sum of the learning rates so far, validation loss), in order, that before training first.
+    """
+    total, (_, start), (_, end) = losses[-1][0], losses[0], losses[-1]
+    half = next(loss for done, loss in losses if done >= total / 2)
+    return end < start and half - end > STILL_FALLING * (start - end)

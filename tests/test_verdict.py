@@ -1,0 +1,73 @@
+"""The sentence at the end, from facts; what the facts are made of. Whole runs: test_verdict_runs.py."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from evaluation.verdict import Facts, is_falling, moved, two_styles, verdict
+
+GOOD = Facts(
+    learning_rate=5e-5,
+    epochs=30,
+    best_epoch=30,
+    faces=225,
+    held_out=25,
+    losses=(0.07, 0.05),
+    score=7.0,
+    moved=0.9,
+    style=0.8,
+    whole=(0.9, 0.95),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "Style learnt, faces intact."),
+        ({"is_falling": True}, "Style learnt, faces intact. More epochs may be better still."),
+        ({"is_falling": True, "best_epoch": 20}, "Style learnt, faces intact."),
+        ({"moved": 0.1}, "Hardly differs from the base: raise learning_rate (5e-05) or num_train_epochs (30)."),
+        ({"moved": 0.1, "held_out": 4}, "Hardly differs from the base: raise learning_rate (5e-05) or num_train"),
+        (
+            {"whole": (0.6, 0.95)},
+            "Style learnt, but faces are smeared in 40 % of the pictures: lower learning_rate (5e-05), or show larger",
+        ),
+        ({"whole": (0.6, 0.95), "better": ((12, 0.8), (20, 0.65))}, "or take epoch 12 from candidates."),
+        ({"copied": 6, "faces": 24, "copies": 0.3}, "Copies 6 of 24 training faces: fewer epochs, or more pictures."),
+        ({"held_out": 4, "score": None}, "Too few faces to judge: 4 held out, 8 are needed."),
+        ({"score": -1.2}, "Worse than the base: lower learning_rate (5e-05), to a quarter."),
+        ({"losses": (0.07, 0.08)}, "Worse than the base"),
+        ({"style": 0.3}, "Style learnt in part, faces intact. Raise learning_rate (5e-05) a little."),
+        ({"style": None, "moved": None, "whole": None, "score": None}, "Learnt, by the validation loss; no pictures"),
+        ({"same_captions": True}, "faces intact. All captions are the same, so prompts make no difference."),
+        ({"styles": (100, 125)}, "The faces are of two styles (100 and 125): train them apart."),
+    ],
+)
+def test_each_finding_has_its_sentence(changes, expected):
+    assert expected in verdict(dataclasses.replace(GOOD, **changes)).replace("40%", "40 %")
+
+
+def test_pictures_that_are_the_base_s_have_not_moved_and_others_have_moved_by_about_one():
+    generator = np.random.default_rng(0)
+    base, others = generator.integers(0, 256, (2, 8, 16, 16, 3), dtype=np.uint8)
+    assert moved(base, base) == 0 and 0.9 < moved(base, others) < 1.1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_style_is_one_however_it_varies_and_two_are_two(seed):
+    generator = np.random.default_rng(seed)
+    one = {"normal": generator.normal(10, 3, 60), "uniform": generator.uniform(0, 1, 60), "equal": np.ones(60)}
+    one["skewed"] = generator.exponential(1, 60)
+    assert two_styles(one) is None
+    two = np.concatenate([generator.normal(5, 1, 40), generator.normal(40, 4, 20)])
+    assert two_styles(one | {"colour": two}) == (40, 20)
+    assert two_styles({"colour": np.concatenate([np.zeros(57), 40 + np.zeros(3)])}) is None  # three coloured ones
+
+
+def test_a_loss_still_falls_only_if_learning_and_not_the_schedule_ended_it():
+    rates = np.cumsum(1 + np.cos(np.linspace(0, np.pi, 30)))
+    learning = [(0.0, 1.0), *((done, float(np.exp(-done / 5))) for done in rates)]  # done long before the end
+    slow = [(0.0, 1.0), *((done, float(np.exp(-done / 500))) for done in rates)]
+    worse = [(0.0, 1.0), *((done, 1 + done / 100) for done in rates)]
+    assert not is_falling(learning) and is_falling(slow) and not is_falling(worse)
