@@ -1,6 +1,8 @@
 """report.html and comparison.html: what they tell, that they escape it, and how they behave in a real browser.
 
 The folders are made by hand; one run of a tiny model shows when a report is made, and that it never stops a training.
+
+    python tests/test_report.py demo_output/report.html demo/report.png 1500    takes a picture of its upper 1500 pixels
 """
 
 import base64
@@ -10,6 +12,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -385,9 +388,8 @@ def test_a_report_is_made_at_every_epoch_s_end_and_its_failure_stops_nothing(tmp
 # In a real browser --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium, driven by chromedriver."""
+def start_browser():
+    """Headless Chromium, driven by chromedriver; skips the test where there is none."""
     webdriver = pytest.importorskip("selenium.webdriver", reason=INSTALL)
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     driver = shutil.which("chromedriver")
@@ -398,8 +400,12 @@ def browser():
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    service = webdriver.chrome.service.Service(driver)
-    chrome = webdriver.Chrome(options=options, service=service)
+    return webdriver.Chrome(options=options, service=webdriver.chrome.service.Service(driver))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chrome = start_browser()
     yield chrome
     chrome.quit()
 
@@ -496,3 +502,12 @@ def test_arrow_keys_move_through_the_pictures_and_enter_shows_a_pair(browser, pa
     cells[7].click()  # by a pointer, too
     assert shown() == ["base", "epoch 3"]
     assert browser.get_log("browser") == []
+
+
+if __name__ == "__main__":
+    chrome = start_browser()
+    visit(chrome, Path(sys.argv[1]).resolve())
+    clip = {"x": 0, "y": 0, "width": 1400, "height": int(sys.argv[3]), "scale": 1}
+    shot = chrome.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+    Path(sys.argv[2]).write_bytes(base64.b64decode(shot["data"]))
+    chrome.quit()
