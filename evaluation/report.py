@@ -24,7 +24,7 @@ METHOD = Path(__file__).parent.parent / "docs" / "how_it_works.md"
 COMPARISON = "comparison.html"
 MOST_BYTES = 20 * 10**6
 FOR_TEXT = 3 * 10**6  # of them
-MOST_TEXT = 2000  # characters of a prompt, a name or a setting
+MOST_TEXT, MOST_CELL = 2000, 200  # characters of a prompt or a name; of a setting
 LARGEST = 768  # pixels a side of a picture that isn't in samples/
 MOST_LOST = 3  # points by a part without evidence
 IN_WORDS = {  # what full points in a part mean
@@ -135,9 +135,10 @@ def _read(file: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _text(value) -> str:
-    """Foreign text, or a setting, for the page."""
-    return escape((" / ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))[:MOST_TEXT])
+def _text(value, most: int = MOST_TEXT) -> str:
+    """Foreign text, or a setting, for the page; at most so many characters of it."""
+    text = " / ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return escape(text if len(text) <= most else f"{text[:most]} ...")
 
 
 def _section(title: str, content: str) -> str:
@@ -239,7 +240,7 @@ def _interval(entry: dict | str) -> str:
     if isinstance(entry, str):  # too few to judge
         return entry
     low, high = entry["interval"]
-    return f"{entry['value']:.1f} ({low:.1f} to {high:.1f}) of {entry['maximum']}"
+    return f"{entry['value']:.1f} ({low:.1f} to {high:.1f}) of {entry.get('maximum', 10)}"
 
 
 def _score(scores: dict, words: str | None) -> str:
@@ -265,7 +266,7 @@ def _score(scores: dict, words: str | None) -> str:
 
 
 def _table(heads: list[str], rows: list[list]) -> str:
-    lines = [[f"<td>{_text(cell)}</td>" for cell in row] for row in rows]
+    lines = [[f"<td>{_text(cell, MOST_CELL)}</td>" for cell in row] for row in rows]
     lines = [[f"<th>{_text(head)}</th>" for head in heads], *lines]
     table = "".join(f"<tr>{''.join(line)}</tr>\n" for line in lines)
     return f'<div class="wide"><table>{table}</table></div>\n' if rows else "<p>none</p>\n"
