@@ -49,6 +49,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
         write_atomic(run.output / "summary.json", json.dumps(summary, indent=1).encode())
     print_summary(summary, config, state, run)
     run.log(use_it(run, config, base))
+    run.log(f"\n{summary['verdict']}")
     return summary
 
 
@@ -60,6 +61,7 @@ def print_summary(summary: dict, config, state: TrainingState, run) -> None:
         gained = "never below the base's: lower learning_rate"
         if converged := summary["converged_epoch"]:
             gained = f"converged after {converged} of {summary['epochs_run']} epochs (95 % of the gain)"
+            gained = "still falling" if summary["still_falling"] else gained
         losses = f"{summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} (x {summary['val_ratio']:.2f})"
         run.log(f"Validation loss {losses}; {gained}")
     if summary["score_in_words"]:
