@@ -9,9 +9,11 @@ import torch
 from evaluation.pictures import FEWEST
 from evaluation.score import Evaluation, Score
 from evaluation.share import examples, thumbnail
+from evaluation.verdict import facts_of, verdict
 from lora_layers import save_lora_weights, with_metadata
 from training.checkpoint import LORA_FILES, TrainingState, Validated
 from training.files import describe, discard, read_verified, write_atomic
+from training.folder import learning_rates
 
 CANDIDATE = "epoch-{:03d}"  # its folder
 
@@ -122,7 +124,7 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     if not candidate_epochs(state.history):
         reason = "the last: without held-out faces there is nothing to choose by"
     elif epochs == [state.epoch]:
-        reason = "the lowest validation loss, and the last: more epochs may be better still"
+        reason = "the lowest validation loss, and the last"
     drawn = examples(evaluation, scored[epoch]) if evaluation else []
     binary, labelled = ((candidates[epoch] / file).read_bytes() for file in LORA_FILES)
     labelled = with_metadata(labelled, run.labels | {"modelspec.thumbnail": thumbnail(drawn)})  # lora_name may be new
@@ -133,7 +135,8 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     best |= {name: rows[epoch][name] for name in ("val_loss", "score")}
     best |= {"reason": reason, "candidates": list(rows.values())}
     write_atomic(output / "best.json", json.dumps(best, indent=1).encode())
-    summary = {"best_epoch": epoch, "best_reason": reason}
+    facts = facts_of(config, dataset, state, epoch, learning_rates(output), evaluation, scored)
+    summary = {"best_epoch": epoch, "best_reason": reason, "verdict": verdict(facts), "still_falling": facts.is_falling}
     summary |= {"score": None, "score_maximum": None, "score_in_words": None}
     if evaluation:
         run.log(evaluation.write(output, scored[epoch]))

@@ -1,6 +1,6 @@
 """The judge of coherence: a small network that learns, from the artist's own faces, to tell whole ones from damaged.
 
-Trained anew for each evaluation, in well under a minute on two cores; nothing else is needed. It has never seen the
+Trained anew for each evaluation, in under half a minute on two cores; nothing else is needed. It has never seen the
 damage that a bad LoRA does, only some of everything that a face isn't: parts in disorder, gone, smeared, twice, turned.
 
 S is JUDGED pixels a side. Always on the CPU, and always the same from a seed and a number of threads.

@@ -50,10 +50,11 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
         }
         write_share(run, config, drawn, summary)
         use, known = use_it(run, config, base), {"warnings": run.warnings, "history": state.history}
-        write_report(run.output, config, run.log, "", use, evaluated, summary=summary, **known)
+        write_report(run.output, config, run.log, summary["verdict"], use, evaluated, summary=summary, **known)
         write_atomic(run.output / "summary.json", json.dumps(summary, indent=1).encode())
     print_summary(summary, config, state, run)
     run.log(use)
+    run.log(f"\n{summary['verdict']}")
     return summary
 
 
@@ -65,6 +66,7 @@ def print_summary(summary: dict, config, state: TrainingState, run) -> None:
         gained = "never below the base's: lower learning_rate"
         if converged := summary["converged_epoch"]:
             gained = f"converged after {converged} of {summary['epochs_run']} epochs (95 % of the gain)"
+            gained = "still falling" if summary["still_falling"] else gained
         losses = f"{summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} (x {summary['val_ratio']:.2f})"
         run.log(f"Validation loss {losses}; {gained}")
     if summary["score_in_words"]:

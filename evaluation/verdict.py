@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEWEST_HELD_OUT = 8
+from evaluation.measures import squashed
+from evaluation.pictures import FEWEST
+
 HARDLY = 0.2  # of the difference between two of the base's pictures: the LoRA changes less than that
 LEARNT = 0.5  # of style's points
 SMEARED = 0.7  # of the share of held-out faces that pass as whole; below it pictures are smeared
@@ -52,8 +54,8 @@ def verdict(facts: Facts) -> str:
         main = f"Hardly differs from the base: raise {rate} or num_train_epochs ({facts.epochs})."
     elif facts.copies > MANY_COPIES:
         main = f"Copies {facts.copied} of {facts.faces} training faces: fewer epochs, or more pictures."
-    elif facts.held_out < FEWEST_HELD_OUT:
-        main = f"Too few faces to judge: {facts.held_out} held out, {FEWEST_HELD_OUT} are needed. Believe your eyes."
+    elif facts.held_out < FEWEST:
+        main = f"Too few faces to judge: {facts.held_out} held out, {FEWEST} are needed. Believe your eyes."
     elif worse or (facts.score is not None and facts.score < 0):
         main = f"Worse than the base: lower {rate}, to a quarter."
     elif facts.style is None:
@@ -113,3 +115,37 @@ def is_falling(losses: list[tuple[float, float]]) -> bool:
     total, (_, start), (_, end) = losses[-1][0], losses[0], losses[-1]
     half = next(loss for done, loss in losses if done >= total / 2)
     return end < start and half - end > STILL_FALLING * (start - end)
+
+
+def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=None, scored=None) -> Facts:
+    """The facts about a run whose exported epoch is `epoch`.
+
+    rates: the learning rate of each step; evaluation, scored {epoch: Score}: None if no pictures were drawn.
+    """
+    done = np.concatenate([[0.0], np.cumsum(rates)])
+    known = [row for row in state.history if row.loss is not None]
+    losses = [(done[min(row.epoch * state.steps_per_epoch, len(rates))], row.loss) for row in known]
+    faces = {index: dataset.faces[index] for index in (*dataset.train, *dataset.validation)}
+    facts = {
+        "learning_rate": config.learning_rate,
+        "epochs": state.epoch,
+        "best_epoch": epoch,
+        "faces": len(dataset.train),
+        "held_out": len(dataset.validation),
+        "losses": (state.start_loss, state.best.loss) if state.best else None,
+        "is_falling": len(losses) > 2 and is_falling(losses),
+        "same_captions": len({caption for face in faces.values() for caption in face.captions}) == 1 < len(faces),
+        "styles": two_styles(evaluation.references.line_art) if evaluation else None,
+    }
+    if evaluation:
+        own, base = scored[epoch], evaluation.of_base
+        copied = {own.references.names[own.features.nearest[n]] for n in np.flatnonzero(own.features.is_copy)}
+        pictures = [squashed(some.features.pixels, 64) for some in (base, own)]
+        facts |= {"score": own.score, "copied": len(copied), "copies": float(own.features.is_copy.mean())}
+        facts |= {"moved": moved(*pictures) if len(pictures[0]) > 1 else None}
+        if own.score is not None:
+            held_out = evaluation.judge_held_out()
+            others = {n: some.value["coherence"] for n, some in scored.items() if n != epoch}
+            facts |= {"style": own.value["points: style"], "better": tuple(others.items())}
+            facts |= {"whole": (own.value["coherence"], held_out.value["coherence"])}
+    return Facts(**facts)

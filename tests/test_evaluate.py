@@ -29,7 +29,7 @@ from evaluation.judge import Judge
 from evaluation.measures import ATTRIBUTES, LINE_ART, asked_for, line_art
 from evaluation.score import COSTS, POINTS, Ends, Evaluation, Score, values
 from train_manga_lora import DEMO, TrainingConfig
-from training.base_model import find_unit
+from training.bases import resolution_unit
 from training.pictures import load_image
 
 DEMO_LORA = ROOT / "tests" / "demo_lora"
@@ -327,7 +327,7 @@ def evaluation_of(style: str, folder) -> Evaluation:
         num_workers=0,
         demo=style == "ink",
     )
-    dataset = MangaFaceDataset.from_config(config, find_unit(config.pretrained_model))
+    dataset = MangaFaceDataset.from_config(config, resolution_unit(ROOT / "demo" / "base"))
     with mock.patch.object(pictures, "MAX_ATTRIBUTE_PROMPTS", 32):  # half as many
         return Evaluation(config, dataset, ROOT / "demo" / "base", torch.device("cpu"))
 

@@ -140,6 +140,11 @@ def read_rows(output: Path) -> list[list[str]]:
     return [row for row in rows if len(row) == len(METRICS) and re.fullmatch("[0-9]{1,9}", row[1])]
 
 
+def learning_rates(output: Path) -> list[float]:
+    """Of each step so far."""
+    return [float(row[METRICS.index("lr")]) for row in _read_rows(output)]
+
+
 def _write_rows(output: Path, rows: list[list[str]]) -> None:
     lines = [",".join(METRICS), *(",".join(row) for row in rows)]
     write_atomic(output / "metrics.csv", ("\n".join(lines) + "\n").encode())
