@@ -142,7 +142,7 @@ def read_rows(output: Path) -> list[list[str]]:
 
 def learning_rates(output: Path) -> list[float]:
     """Of each step so far."""
-    return [float(row[METRICS.index("lr")]) for row in _read_rows(output)]
+    return [float(row[METRICS.index("lr")]) for row in read_rows(output)]
 
 
 def _write_rows(output: Path, rows: list[list[str]]) -> None:
