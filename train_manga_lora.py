@@ -424,7 +424,7 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so are bugs
         if not is_out_of_memory(error):
             raise
-        exit_with(3, "out of memory: close other programs, or lower resolution; what was saved is intact")
+        exit_with(3, "out of memory: close other programs, then run the same command again; what was saved is intact")
     except OSError as error:
         remedy = f"{'free some space' if error.errno == errno.ENOSPC else 'fix that'}, then run the same command again"
         what = f"{error.strerror or error}: {error.filename or CONFIG.output_dir}"

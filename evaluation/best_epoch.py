@@ -14,6 +14,7 @@ from lora_layers import save_lora_weights, with_metadata
 from training.checkpoint import LORA_FILES, TrainingState, Validated
 from training.files import describe, discard, read_verified, write_atomic
 from training.folder import learning_rates
+from training.memory import sparingly
 
 CANDIDATE = "epoch-{:03d}"  # its folder
 
@@ -118,8 +119,12 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
         spread = spread if can_score else epochs[:1]
         what = "Drawing and scoring" if can_score else "Drawing"
         run.log(f"{what} pictures of the base and epoch {', '.join(map(str, spread))}, with the exported files ...")
-        evaluation = Evaluation(config, dataset, base, run.device)
-        scored = {epoch: evaluation.judge(candidates[epoch] / LORA_FILES[-1]) for epoch in spread}
+
+        def score(is_sparing: bool) -> tuple[Evaluation, dict[int, Score]]:
+            evaluation = Evaluation(config, dataset, base, run.device, is_sparing=is_sparing)
+            return evaluation, {epoch: evaluation.judge(candidates[epoch] / LORA_FILES[-1]) for epoch in spread}
+
+        evaluation, scored = sparingly(score, "drawing and scoring", run.device, run.log) or (None, {})
     epoch, reason = choose_best(epochs, {epoch: score for epoch, score in scored.items() if score.score is not None})
     if not candidate_epochs(state.history):
         reason = "the last: without held-out faces there is nothing to choose by"

@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from evaluation.measures import DEMO_ATTRIBUTES
 from training.base_model import load_vae
 from training.files import write_atomic
-from training.memory import free_memory
+from training.memory import free_memory, sparingly
 
 TILE = 176  # pixels a side of one picture in a contact sheet
+SPARING_TILE = 256  # pixels a side of what is decoded at a time when memory is short
 PIXELS_PER_PASS = 2**20  # drawn at a time: 4 pictures of 512 x 512, 8 at the most
 FEWEST = 8  # held-out faces, without which there is no score
 MAX_CAPTIONS = 24  # held-out faces whose captions are drawn; with fewer, as many pictures, of more seeds
@@ -57,14 +58,20 @@ def evaluation_jobs(dataset, config) -> Jobs:
     return Jobs(prompts, seeds, shapes, len(own), samples)
 
 
-def build_pipeline(vae, unet, scheduler, tokenizer=None, text_encoder=None):
-    """A StableDiffusionPipeline that draws with DPM-Solver++ (Lu et al. 2022); without an encoder, from embeddings."""
+def build_pipeline(vae, unet, scheduler, tokenizer=None, text_encoder=None, is_sparing=False):
+    """A StableDiffusionPipeline that draws with DPM-Solver++ (Lu et al. 2022); without an encoder, from embeddings.
+
+    is_sparing: large pictures are decoded in tiles, whose seams are blended.
+    """
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
     pipe = StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
+    if is_sparing:
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = SPARING_TILE, SPARING_TILE // pipe.vae_scale_factor
     return pipe
 
 
@@ -81,7 +88,7 @@ def decode(vae, latents: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int, int]], config) -> list[np.ndarray]:
+def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int, int]], config, is_sparing=False):
     """One picture per seed and shape (H, W), with the run's sample_steps and guidance_scale.
 
     prompts: the pipeline's arguments, of all pictures: {"prompt": texts}, or embeddings (pictures, T, D).
@@ -91,7 +98,7 @@ def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int,
     settings = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
     for height, width in dict.fromkeys(shapes):
         numbers = [number for number, shape in enumerate(shapes) if shape == (height, width)]
-        at_once = max(1, min(8, PIXELS_PER_PASS // (height * width)))
+        at_once = 1 if is_sparing else max(1, min(8, PIXELS_PER_PASS // (height * width)))
         for start in range(0, len(numbers), at_once):
             some = numbers[start : start + at_once]
             given = {name: [of_all[number] for number in some] for name, of_all in prompts.items()}
@@ -165,15 +172,17 @@ def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
     file, unet = run.output / "samples" / f"epoch-{epoch:03d}.png", model.unet
     if not run.is_main or not is_sampled(epoch, config) or file.is_file():
         return
-    with run.signals_act_at_once():
-        free_memory(run.device)
-        pipe = build_pipeline(load_vae(base, run.device), unet, model.scheduler)
+
+    def draw(is_sparing: bool) -> list[np.ndarray]:
+        pipe = build_pipeline(load_vae(base, run.device), unet, model.scheduler, is_sparing=is_sparing)
         empty, prompts = data.prompts.to(unet.device, unet.dtype).split([1, len(config.sample_prompts)])
         prompts = {"prompt_embeds": prompts, "negative_prompt_embeds": empty.expand_as(prompts)}
         count, square = len(config.sample_prompts), (config.resolution, config.resolution)
-        pictures = draw_pictures(pipe, prompts, [config.seed] * count, [square] * count, config)
-        write_album(file.with_suffix(""), list(config.sample_prompts), pictures)
-        rows = [[picture] for picture in pictures]
-        write_picture(file, contact_sheet(rows, [f"epoch {epoch}"], list(config.sample_prompts)))
-        del pipe
+        return draw_pictures(pipe, prompts, [config.seed] * count, [square] * count, config, is_sparing)
+
+    with run.signals_act_at_once():
+        free_memory(run.device)
+        if pictures := sparingly(draw, "drawing samples", run.device, run.log):
+            rows = [[picture] for picture in pictures]
+            write_picture(file, contact_sheet(rows, [f"epoch {epoch}"], list(config.sample_prompts)))
         free_memory(run.device)

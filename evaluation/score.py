@@ -303,10 +303,12 @@ class Evaluation:
     """The base's pictures and the faces, against which LoRA files can then be scored, one after another.
 
     config and dataset are the run's, base is a diffusers folder. loras: read_lora() of files by other programs, or of
-    other runs, which judge() then takes, too. Raises InputError: one doesn't fit the base.
+    other runs, which judge() then takes, too. is_sparing: with less memory.
+
+    Raises InputError: one of them doesn't fit the base.
     """
 
-    def __init__(self, config, dataset, base: Path, device: torch.device, loras: dict[Path, dict] | None = None):
+    def __init__(self, config, dataset, base: Path, device: torch.device, loras=None, is_sparing: bool = False):
         from diffusers.utils import logging
 
         logging.disable_progress_bar()
@@ -315,10 +317,10 @@ class Evaluation:
         unet, scheduler = load_unet(base, device, dtype)
         self.loras = {file: fit(file, parts, unet, text_encoder) for file, parts in (loras or {}).items()}
         vae = load_vae(base, device)
-        self.pipe = pictures.build_pipeline(vae, unet, scheduler, tokenizer, text_encoder.to(dtype))
-        self.config, self.dataset = config, dataset
+        self.pipe = pictures.build_pipeline(vae, unet, scheduler, tokenizer, text_encoder.to(dtype), is_sparing)
+        self.config, self.dataset, self.is_sparing = config, dataset, is_sparing
         self.network, self.network_accuracy = measures.load_attribute_network() if config.demo else (None, {})
-        self.clip = None if config.demo else measures.find_clip(device)
+        self.clip = None if config.demo else measures.find_clip(torch.device("cpu") if is_sparing else device)
         self.references = References(dataset, config, vae, folder_identity(base / "vae"), self.clip)
         self.jobs = pictures.evaluation_jobs(dataset, config)
         self.ends, own = None, self._features(self._draw())
@@ -335,7 +337,7 @@ class Evaluation:
         jobs, numbers = self.jobs, range(len(self.jobs.prompts)) if numbers is None else numbers
         chosen = ([of_all[number] for number in numbers] for of_all in (jobs.prompts, jobs.seeds, jobs.shapes))
         prompts, seeds, shapes = chosen
-        return pictures.draw_pictures(self.pipe, {"prompt": prompts}, seeds, shapes, self.config)
+        return pictures.draw_pictures(self.pipe, {"prompt": prompts}, seeds, shapes, self.config, self.is_sparing)
 
     def _features(self, pixels: list[np.ndarray], texts: list[str] | None = None) -> Features:
         texts, portraits = (self.jobs.prompts, self.jobs.portraits) if texts is None else (texts, len(texts))

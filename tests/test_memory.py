@@ -3,16 +3,20 @@
 import dataclasses
 import gc
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import exported, run, signal_at_step
 
 import train_manga_lora as trainer
 from evaluation import summary
+from evaluation.pictures import build_pipeline, decode
 from lora_layers import flatten_lora, inject_lora, lora_modules, lora_parameters
 from training import memory, model
-from training.base_model import load_unet
+from training.base_model import load_unet, load_vae
+from training.checkpoint import LORA_FILES
 from training.fused import fuse_lora
 
 CPU = torch.device("cpu")
@@ -259,3 +263,65 @@ def test_the_pictures_at_the_end_find_the_unet_s_memory_free(tiny_config, monkey
     monkeypatch.setattr(trainer, "build_model", watched)
     monkeypatch.setattr(summary, "pick_best", pick)
     run(tiny_config, num_train_epochs=1)
+
+
+# Pictures and scores never cost a training ------------------------------------------------------------------------
+
+DRAWN = {"sample_prompts": ("a face",), "samples_per_prompt": 1, "sample_steps": 1, "sample_every_n_epochs": 1}
+
+
+def run_short_of_memory(config, monkeypatch, fails) -> dict:
+    """A run whose pipeline runs out of memory wherever fails(pictures at once, is tiled) says so."""
+    from diffusers import StableDiffusionPipeline
+
+    original, calls = StableDiffusionPipeline.__call__, []
+
+    def call(self, *args, **given):
+        calls.append((len(given["generator"]), self.vae.use_tiling))
+        if fails(*calls[-1]):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(self, *args, **given)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
+    return run(config, num_train_epochs=1, **DRAWN), calls
+
+
+def test_short_of_memory_pictures_are_drawn_one_at_a_time_and_decoded_in_tiles(tiny_config, monkeypatch, capsys):
+    summary, calls = run_short_of_memory(tiny_config, monkeypatch, lambda at_once, is_tiled: not is_tiled)
+    output, printed = Path(tiny_config.output_dir), capsys.readouterr().out
+    assert {at_once for at_once, is_tiled in calls if is_tiled} == {1}
+    assert "Out of memory while drawing samples, once more, one picture at a time" in printed
+    assert "Out of memory while drawing and scoring, once more" in printed and "left out" not in printed
+    assert (output / "samples" / "epoch-001.png").is_file() and (output / "before_after.png").is_file()
+    assert summary["best_epoch"] == 1
+
+
+def test_without_memory_for_any_picture_the_lora_is_exported_by_validation_loss(tiny_config, monkeypatch, capsys):
+    summary, _ = run_short_of_memory(tiny_config, monkeypatch, lambda *_: True)
+    output, printed = Path(tiny_config.output_dir), capsys.readouterr().out
+    assert printed.count("Out of memory while drawing samples: left out") == 2  # of the base, and after the epoch
+    assert printed.count("Out of memory while drawing and scoring: left out") == 1
+    assert summary["score"] is None and "validation loss" in summary["best_reason"]
+    assert all((output / name).is_file() for name in (*LORA_FILES, "summary.json", "best.json", "report.html"))
+    assert not list((output / "samples").glob("*.png")) and not (output / "before_after.png").exists()
+    monkeypatch.undo()
+    capsys.readouterr()
+    run(tiny_config, num_train_epochs=1, **DRAWN)
+    assert "holds this run, finished" in capsys.readouterr().out
+
+
+def test_another_error_while_drawing_is_not_taken_for_lack_of_memory(tiny_config, monkeypatch):
+    monkeypatch.setattr("evaluation.pictures.draw_pictures", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tiny_config, num_train_epochs=1, **DRAWN)
+
+
+def test_tiles_blend_to_what_the_whole_picture_is(tiny_base):
+    """A tile sees less than the whole picture does: near, not equal."""
+    vae, latents = load_vae(tiny_base, CPU), torch.randn(1, 4, 96, 96, generator=torch.Generator().manual_seed(0))
+    unet, scheduler = load_unet(tiny_base, CPU, torch.float32)
+    whole = decode(vae, latents)[0].astype(float)
+    build_pipeline(vae, unet, scheduler, is_sparing=True)
+    tiled = decode(vae, latents)[0].astype(float)
+    assert whole.shape == tiled.shape and not np.array_equal(whole, tiled)
+    assert abs(whole - tiled).mean() < 0.1 * whole.std()

@@ -193,6 +193,19 @@ def free_bytes(device: torch.device, processes: int) -> float:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
+def sparingly(attempt: Callable, what: str, device: torch.device, log: Callable):
+    """attempt(False), or if memory runs out attempt(True), which needs less; None, and said, if that runs out, too."""
+    for is_sparing in (False, True):
+        try:
+            return attempt(is_sparing)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory(device)  # here, where the error no longer holds on to what filled it
+        log(f"Out of memory while {what}{': left out' if is_sparing else ', once more, one picture at a time'}")
+    return None
+
+
 def free_memory(device: torch.device) -> None:
     """Let go of what nothing refers to any more."""
     gc.collect()
