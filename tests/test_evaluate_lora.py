@@ -206,6 +206,8 @@ def test_one_table_holds_each_lora_at_the_score_it_has_alone(place, tiny_base, c
     assert set(scores) == {"base alone", *names, "pictures"}
     sheet = Image.open(place / "compared" / "before_after.png")
     assert sheet.width > 5 * 170 and not (place / "out" / "scores.json").exists()
+    page = (place / "compared" / "comparison.html").read_text(encoding="utf-8")
+    assert all(f"<figcaption>{name}</figcaption>" in page for name in ("base alone", *names))
 
     evaluate_lora.main(["--lora", "out"])
     alone = json.loads((place / "out" / "scores.json").read_text())["lora"]
