@@ -412,6 +412,10 @@ class MangaFaceDataset:
         areas = np.array([math.prod(self.faces[self.train[position]].shape) for position in order])
         return np.resize(order[areas == areas.max()], min(size, len(order)))
 
+    def cut(self, face: int) -> tuple:
+        """What load_image() takes to read a face as it is trained on: (path, box, shape)."""
+        return self.faces[face].path, self.faces[face].box, self.faces[face].shape
+
     def report(self, tokenizer=None, warnings: Sequence[str] = ()) -> str:
         """What a person should know before training: faces, what is skipped or cut, the weights and their reasons."""
         inside = self.dataset_dir.is_relative_to(Path.cwd())
@@ -498,8 +502,7 @@ class MangaFaceDataset:
             return ["Weights: off, every face once per epoch"]
         lines = [
             f"Weight range: {self.weights.min():.2f} to {self.weights.max():.2f} "
-            f"(acts through {self.weighting if self.weighting != 'off' else 'repeats alone'}; effective sample size "
-            f"{self.effective_sample_size:.1f} of {len(self)})"
+            f"(acts through {self.weighting if self.weighting != 'off' else 'repeats alone'})"
         ]
         if not any(self.terms):
             return lines

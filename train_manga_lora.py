@@ -99,6 +99,7 @@ DEMO = {  # what --demo changes; other flags apply on top
     "pretrained_model": str(HERE / "demo" / "base"),
     "resolution": 64,
     "sample_every_n_epochs": 10,
+    "samples_per_prompt": 1,
     "learning_rate": 2e-3,  # the tiny base needs a far higher rate than SD1.5: see bench/ablation.py
     "sample_prompts": (  # words that the demo's base knows; none names a colour
         "A detailed manga face portrait of a young woman with long wavy hair, large round eyes, gentle smile",
@@ -378,8 +379,8 @@ def record(run: Run, state: TrainingState, step: Step, dataset: MangaFaceDataset
 
 
 def end_epoch(run: Run, model: Model, state: TrainingState) -> None:
-    """Apply the epoch's weight decay."""
-    run.log(f"Epoch {state.epoch}: Average Loss: {state.epoch_loss / max(1, state.epoch_images):.4f}")
+    """Apply the epoch's weight decay; its average loss is told beside the validation loss."""
+    run.average_loss = f"Average Loss: {state.epoch_loss / max(1, state.epoch_images):.4f}"
     left = apply_decay(model.weights.data, state.log_decay)
     state.total_log_decay += state.log_decay - left
     state.log_decay, state.epoch_loss, state.epoch_images = left, 0.0, 0
@@ -400,10 +401,13 @@ def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: 
     if held_out:
         run.add_validation(state.step, found[0])
     state.history.append(Validated(epoch, *found))
+    told = [run.average_loss] if run.average_loss else []  # none before the first epoch, or if a run resumed after one
     if held_out:
         best = " (best so far)" if state.best == state.history[-1] else ""
-        when = f"Epoch {epoch}: Validation Loss" if epoch else "Validation loss before training"
-        run.log(f"{when}: {found[0]:.4f}{best}")
+        told.append(f"Validation Loss: {found[0]:.4f}{best}")
+    if told:
+        run.log(f"{f'Epoch {epoch}' if epoch else 'Before training'}: {', '.join(told)}")
+    run.average_loss = ""
     if run.is_main and epoch:
         keep_candidate(run.output / "candidates", model.unet, run.labels, state)
     due = config.save_every_n_epochs and epoch % config.save_every_n_epochs == 0

@@ -14,6 +14,7 @@ from evaluation.measures import DEMO_ATTRIBUTES
 from training.base_model import load_vae
 from training.files import write_atomic
 from training.memory import free_memory, sparingly
+from training.pictures import load_image
 
 TILE = 176  # pixels a side of one picture in a contact sheet
 SPARING_TILE = 256  # pixels a side of what is decoded at a time when memory is short
@@ -21,6 +22,7 @@ PIXELS_PER_PASS = 2**20  # drawn at a time: 4 pictures of 512 x 512, 8 at the mo
 FEWEST = 8  # held-out faces, without which there is no score
 MAX_CAPTIONS = 24  # held-out faces whose captions are drawn; with fewer, as many pictures, of more seeds
 MAX_ATTRIBUTE_PROMPTS = 64  # of the demo's 288
+OWN_WORDS = 4  # held-out faces whose captions come first on a sheet, beside the real face
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,13 @@ class Jobs:
     prompts: list[str]
     seeds: list[int]
     shapes: list[tuple[int, int]]  # H, W; a portrait has its face's
-    portraits: int  # how many
+    faces: list[int]  # whose caption each portrait has
     samples: list[int]  # the numbers of each sample prompt's first picture
+
+    @property
+    def portraits(self) -> int:
+        """How many."""
+        return len(self.faces)
 
 
 def evaluation_jobs(dataset, config) -> Jobs:
@@ -55,7 +62,7 @@ def evaluation_jobs(dataset, config) -> Jobs:
         some = enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])
         jobs += [(prompt, config.seed + number, square) for number, prompt in some]
     prompts, seeds, shapes = (list(column) for column in zip(*jobs, strict=True))
-    return Jobs(prompts, seeds, shapes, len(own), samples)
+    return Jobs(prompts, seeds, shapes, [face for face, _ in own], samples)
 
 
 def build_pipeline(vae, unet, scheduler, tokenizer=None, text_encoder=None, is_sparing=False):
@@ -113,23 +120,24 @@ def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int,
 def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: list[str]) -> Image.Image:
     """One row of pictures (H, W, 3) per caption, a title per column; two blocks side by side if more than four rows.
 
-    Pictures keep their shape, with grey beside them.
+    Pictures keep their shape, with grey beside them; None stays white. Captions are wrapped, never cut.
     """
     blocks = 2 if len(rows) > 4 else 1
-    per_block, columns, text, gap = -(-len(rows) // blocks), len(rows[0]), 40, 16
+    per_block, columns, gap = -(-len(rows) // blocks), len(rows[0]), 16
+    wrapped = [textwrap.wrap(caption, max(12, int(columns * TILE / 6.6))) for caption in captions]
+    text = 10 + 15 * max([2, *map(len, wrapped)])
     block_width = columns * TILE + gap
     sheet = Image.new("RGB", (blocks * block_width + gap, 36 + per_block * (TILE + text)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for number, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+    for number, (row, lines) in enumerate(zip(rows, wrapped, strict=True)):
         left, top = gap + number // per_block * block_width, 36 + number % per_block * (TILE + text)
         if number % per_block == 0:
             for column, title in enumerate(titles):
                 draw.text((left + column * TILE + TILE / 2, 18), title, "black", ImageFont.load_default(size=15), "mm")
-        for column, picture in enumerate(row):
+        for column, picture in ((column, picture) for column, picture in enumerate(row) if picture is not None):
             tile = Image.fromarray(picture)
             tile = ImageOps.pad(tile, (TILE - 4, TILE - 4), Image.Resampling.LANCZOS, "lightgrey")
             sheet.paste(tile, (left + column * TILE + 2, top))
-        lines = textwrap.wrap(caption, max(12, int(columns * TILE / 6.6)))[:2]
         draw.multiline_text((left + 2, top + TILE), "\n".join(lines), "black", font, spacing=2)
     return sheet
 
@@ -164,25 +172,36 @@ def is_sampled(epoch: int, config) -> bool:
 
 
 def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
-    """A sheet of one picture per sample prompt, all from the run's seed, so comparable. Epoch 0 is the base's. Beside
-    it a folder of the pictures alone, which the report shows.
+    """A sheet: up to OWN_WORDS held-out faces beside pictures drawn for their captions, then sample_prompts, all from
+    the run's seeds, so comparable. Epoch 0 is the base's. Beside it a folder of the pictures alone, which the report
+    shows.
 
     On the main process, unless this epoch's is there already. A signal acts at once: the run that goes on draws it.
     """
     file, unet = run.output / "samples" / f"epoch-{epoch:03d}.png", model.unet
     if not run.is_main or not is_sampled(epoch, config) or file.is_file():
         return
+    faces, dataset, each = data.dataset.validation[:OWN_WORDS], data.dataset, config.samples_per_prompt
+    square, prompts = (config.resolution, config.resolution), data.prompts.to(unet.device, unet.dtype)
+    texts = [*data.encoded.embeddings([dataset.first_text[face] for face in faces])] if faces else []
+    texts += [*prompts[1:]]
+    shapes = [dataset.faces[face].shape for face in faces] + [square] * len(config.sample_prompts)
 
     def draw(is_sparing: bool) -> list[np.ndarray]:
         pipe = build_pipeline(load_vae(base, run.device), unet, model.scheduler, is_sparing=is_sparing)
-        empty, prompts = data.prompts.to(unet.device, unet.dtype).split([1, len(config.sample_prompts)])
-        prompts = {"prompt_embeds": prompts, "negative_prompt_embeds": empty.expand_as(prompts)}
-        count, square = len(config.sample_prompts), (config.resolution, config.resolution)
-        return draw_pictures(pipe, prompts, [config.seed] * count, [square] * count, config, is_sparing)
+        given = {"prompt_embeds": torch.stack([text for text in texts for _ in range(each)])}
+        given |= {"negative_prompt_embeds": prompts[:1].expand_as(given["prompt_embeds"])}
+        seeds = [config.seed + turn for _ in texts for turn in range(each)]
+        return draw_pictures(pipe, given, seeds, [shape for shape in shapes for _ in range(each)], config, is_sparing)
 
     with run.signals_act_at_once():
         free_memory(run.device)
         if pictures := sparingly(draw, "drawing samples", run.device, run.log):
-            rows = [[picture] for picture in pictures]
-            write_picture(file, contact_sheet(rows, [f"epoch {epoch}"], list(config.sample_prompts)))
+            real = [to_pixels(load_image(*dataset.cut(face))) for face in faces] + [None] * len(config.sample_prompts)
+            rows = [[one, *pictures[each * number : each * (number + 1)]] for number, one in enumerate(real)]
+            titles = ["real face", f"epoch {epoch}", *[""] * (each - 1)]
+            rows, titles = (rows, titles) if faces else ([row[1:] for row in rows], titles[1:])
+            captions = [dataset.texts[dataset.first_text[face]] for face in faces] + list(config.sample_prompts)
+            write_album(file.with_suffix(""), [text for text in captions for _ in range(each)], pictures)
+            write_picture(file, contact_sheet(rows, titles, captions))
         free_memory(run.device)

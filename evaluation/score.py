@@ -31,6 +31,7 @@ MAX_FACES = 250  # training faces that pictures are compared with, and that the 
 STRENGTHS = (0, 0.4, 0.7, 1, 1.3)  # of the LoRA, in the report
 TOO_FEW = f"too few to judge: a score needs {FEWEST} held-out faces"
 EXACT_COPY = 0.01  # faces nearer than this are one picture: copies in a data set must not make copies look usual
+PLAIN = {"colourfulness": "colour", "ink share": "dark", "bilevel share": "black or white", "edge strength": "sharp"}
 RESAMPLES = 300  # of the bootstrap
 POINTS = {"style": 2, "set distance": 3, "coherence": 3, "adherence": 2}  # 10 in all
 COSTS = {"novelty": 3, "diversity": 3}  # what the base has, too: nothing to be earned, only lost
@@ -71,7 +72,7 @@ class References:
 
         # A picture nearer to a face than half of what faces are apart is a copy of it. NaN with fewer than two faces.
         self.names = [dataset.faces[face].name for face in dataset.train]  # of all
-        originals = (pictures.to_pixels(load_image(*self.cut(dataset, face))) for face in dataset.train)
+        originals = (pictures.to_pixels(load_image(*dataset.cut(face))) for face in dataset.train)
         self.all = np.concatenate([self.layout_of([picture]) for picture in originals])  # (all, D)
         apart = measures.distances(self.all[chosen], self.all)
         apart = np.where(apart > EXACT_COPY, apart, np.inf).min(axis=1)
@@ -79,10 +80,6 @@ class References:
         self.copy_distance = float(np.median(apart)) / 2 if len(apart) else math.nan
         texts = [dataset.texts[dataset.first_text[face]] for face in faces]
         self.clip_margin = float(measures.clip_margins(clip, own, texts).mean()) if clip else math.nan
-
-    @staticmethod
-    def cut(dataset, face: int) -> tuple:
-        return dataset.faces[face].path, dataset.faces[face].box, dataset.faces[face].shape
 
     def layout_of(self, some) -> np.ndarray:
         """layout(), in units in which two faces are about 1 apart. Shape: (n, D), float32."""
@@ -403,18 +400,30 @@ class Evaluation:
         return self.table(lora, held_out)
 
     def shown(self) -> list[int]:
-        """Which of the pictures are on a sheet."""
-        return self.jobs.samples or list(range(min(8, len(self.jobs.prompts))))
+        """Which of the pictures are on a sheet: of up to OWN_WORDS held-out faces' captions, then of sample_prompts."""
+        own = min(pictures.OWN_WORDS, self.jobs.portraits) if self.dataset.validation else 0
+        each = self.config.samples_per_prompt
+        chosen = [*range(own), *(first + turn for first in self.jobs.samples for turn in range(each))]
+        return chosen or list(range(min(8, len(self.jobs.prompts))))
 
     def rows(self, lora: Score) -> tuple[list[list], list[str], list[str]]:
-        """Per prompt: the base's picture, the LoRA's, and the training face nearest to that; for contact_sheet()."""
-        shown = self.shown()
-        nearest = [self.dataset.train[lora.features.nearest[number]] for number in shown]
-        faces = [pictures.to_pixels(load_image(*self.references.cut(self.dataset, face))) for face in nearest]
-        base, own = self.of_base.features.pixels, lora.features.pixels
-        rows = [[base[number], own[number], face] for number, face in zip(shown, faces, strict=True)]
-        titles = ["base", "LoRA", "nearest training face"]
-        return rows, titles, [self.jobs.prompts[number] for number in shown]
+        """Per prompt: the face whose caption it is, if it is one's; the base's picture, the LoRA's, and the training
+        face nearest to that; for contact_sheet().
+        """
+
+        def pixels_of(face: int) -> np.ndarray:
+            return pictures.to_pixels(load_image(*self.dataset.cut(face)))
+
+        rows, base, own = [], self.of_base.features.pixels, lora.features.pixels
+        for number in self.shown():
+            is_own = number < self.jobs.portraits and self.dataset.validation
+            real = pixels_of(self.jobs.faces[number]) if is_own else None
+            nearest = pixels_of(self.dataset.train[lora.features.nearest[number]])
+            rows.append([real, base[number], own[number], nearest])
+        titles = ["real face", "base", "LoRA", "nearest training face"]
+        if all(row[0] is None for row in rows):
+            rows, titles = [row[1:] for row in rows], titles[1:]
+        return rows, titles, [self.jobs.prompts[number] for number in self.shown()]
 
     def table(self, lora: Score, held_out: Score | None) -> str:
         """Measures, parts and score of base, LoRA and real faces."""
@@ -432,7 +441,7 @@ class Evaluation:
         for name, real in self.references.line_art.items():
             columns = [*(score.features.line_art[name] for score in both.values()), real]
             low, high = np.percentile(real, [5, 95])
-            add(name, [f"{column.mean():.3f}" for column in columns], 10, f"   {low:.3f} to {high:.3f}")
+            add(PLAIN[name], [f"{column.mean():.3f}" for column in columns], 10, f"   {low:.3f} to {high:.3f}")
         columns = both | {"held-out faces": held_out}
         add("points, and 95 % intervals", columns, 23)
         for name, of in POINTS.items():

@@ -44,6 +44,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
             "val_ratio": best_loss / state.start_loss if state.start_loss and best_loss else None,
             "images_per_s": state.images_seen / max(state.train_seconds, 1e-9),
             "peak_memory_mib": peak_mib,
+            "weight_decay_in_all": math.exp(state.total_log_decay),  # what the weights were multiplied by
             "seconds": time.time() - run.started,
             "first_step_s": run.first_step_seconds,
             "resumed_from_step": run.resumed_from_step,
@@ -73,7 +74,6 @@ def print_summary(summary: dict, config, state: TrainingState, run) -> None:
         ends = f" (0: as the base, {summary['score_maximum']}: as the artist)" if summary["score_maximum"] else ""
         run.log(f"Score: {summary['score_in_words']}{ends}")
     run.log(f"Best epoch: {summary['best_epoch']} of {summary['epochs_run']}, {summary['best_reason']}")
-    run.log(f"Weight decay over the whole run: weights x {math.exp(state.total_log_decay):.8f}")
     first_step = f", first step after {summary['first_step_s']:.0f} s" if summary["first_step_s"] else ""
     speed = f"{summary['images_per_s']:.1f} images/s, peak memory {summary['peak_memory_mib']:.0f} MiB"
     run.log(f"{speed}, {summary['seconds']:.0f} s in all{first_step}")

@@ -566,7 +566,6 @@ def test_the_report_names_what_is_cut_and_why_a_face_is_heavy(tmp_path, tiny_bas
     assert re.search(r"Texts over 77 tokens: 1 of 4 ", report)
     assert re.search(r"81 tokens: 'x+'\.\.\. loses 'lost'", report)
     assert f"Weight range: {faces.weights.min():.2f} to {faces.weights.max():.2f}" in report
-    assert f"effective sample size {faces.effective_sample_size:.1f} of 19" in report
     assert re.search(r"heaviest \d\.\d\d  face018: heterochromia, manga", report)
     assert "Weights: off" in make_faces(tmp_path, captions, weighting="off").report()
 

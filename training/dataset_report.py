@@ -161,6 +161,8 @@ def dataset_page(dataset: MangaFaceDataset, tokenizer, config, steps: int) -> st
 def _top(dataset: MangaFaceDataset, warnings: list[tuple[str, list[int]]], steps: int, cards: int) -> str:
     faces = len(dataset.faces)
     about = f"{faces} faces: {len(dataset.train)} to train on, {len(dataset.validation)} held out. {steps:,} steps."
+    about += f" Weights {dataset.weights.min():.2f} to {dataset.weights.max():.2f}: effective sample size "
+    about += f"{dataset.effective_sample_size:.1f} of {len(dataset)}."
     if cards < faces:
         about += f" Shown are {cards}: faces with warnings, the heaviest and the lightest."
     lines = "".join(f"<li>{escape(text)}</li>\n" for text, _ in warnings[:100])

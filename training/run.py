@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import platform
 import shlex
@@ -52,6 +53,7 @@ class Run:
         self.started, self.command = process_start or time.time(), ["python", *sys.argv] if process_start else None
         self.action, self.is_finished, self.resumes = "new", False, False
         self.bar = self.tensorboard = self.first_step_seconds = None
+        self.average_loss = ""  # of the epoch just done, for the screen
         self.signal_number, self.waits, self.others_stop = 0, False, False
 
     def __enter__(self):
@@ -144,9 +146,11 @@ class Run:
 
                 self.tensorboard = SummaryWriter(self.output / "tensorboard", purge_step=state.step + 1)
         self.action = "begun"
-        self.bar = tqdm(
-            desc="Training", total=state.total_steps, initial=state.step, unit="step", disable=not self.is_main
-        )
+        options = {"total": state.total_steps, "initial": state.step, "unit": "step", "file": sys.stderr}
+        self.bar = tqdm(desc="Training", disable=not (self.is_main and sys.stderr.isatty()), **options)
+        self.tenth, self.clock_of_bar = 10 * state.step // state.total_steps, time.monotonic()
+        what = f"{state.total_steps - state.step:,} steps to go"
+        self.log(f"Training starts: {what}; all that is made goes to {self.output}, and what is best at the end")
 
     # Steps
 
@@ -165,6 +169,12 @@ class Run:
         shown = ", ".join(f"{name}: {values[name]:.4f}" for name in ("loss", "w_loss", "penalty"))
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
+        done, total = row[1], self.bar.total
+        if self.bar.disable and 10 * done // total > self.tenth:  # a log file: a line each tenth
+            self.tenth = 10 * done // total
+            seconds = time.monotonic() - self.clock_of_bar
+            left = seconds / max(1, done - self.resumed_from_step) * (total - done)
+            self.log(f"Step {done} of {total}: {shown}; about {math.ceil(left / 60)} min to go")
         if self.is_main:
             folder.add_metrics(self.output, row)
             self._add_scalars({name: value for name, value in values.items() if value != ""})
