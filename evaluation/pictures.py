@@ -155,7 +155,8 @@ def write_album(folder: Path, prompts: list[str], drawn) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, pixels in enumerate(drawn, start=1):
         write_atomic(folder / f"{number:02d}.webp", to_webp(pixels), flush=False)
-    write_atomic(folder / "prompts.json", json.dumps(prompts, ensure_ascii=False, indent=1).encode(), flush=False)
+    content = json.dumps({"prompts": prompts}, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
+    write_atomic(folder / "prompts.json", content, flush=False)
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:

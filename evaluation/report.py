@@ -185,7 +185,7 @@ class Grid:
             epoch, drawn = prompts.parent.name[6:], {}
             if not epoch.isdigit() or not prompts.parent.with_suffix(".png").is_file():  # not ours, or half drawn
                 continue
-            texts = json.loads(prompts.read_text(encoding="utf-8"))
+            texts = json.loads(prompts.read_text(encoding="utf-8"))["prompts"]
             for number, text in enumerate(texts):
                 drawn[text, texts[:number].count(text)] = prompts.with_name(f"{number + 1:02d}.webp")
             self.epochs[int(epoch)] = drawn

@@ -249,7 +249,7 @@ def test_a_report_has_at_most_20_mb_whatever_was_drawn(tmp_path, prompts, epochs
     for epoch in range(epochs):
         write_samples(tmp_path / "out", epoch, [])
         folder = tmp_path / "out" / "samples" / f"epoch-{epoch:03d}"
-        (folder / "prompts.json").write_text(json.dumps([f"prompt {number}" for number in range(prompts)]))
+        (folder / "prompts.json").write_text(json.dumps({"prompts": [f"prompt {number}" for number in range(prompts)]}))
         for number in range(prompts):
             (folder / f"{number + 1:02d}.webp").hardlink_to(tmp_path / "one" / "01.webp")
     page = written(tmp_path / "out", config)
