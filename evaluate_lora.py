@@ -4,6 +4,7 @@
     python evaluate_lora.py --lora demo_output/candidates/epoch-010   or a file or folder in it
     python evaluate_lora.py --lora theirs.safetensors --dataset_dir my_faces --pretrained_model their_base
     python evaluate_lora.py --lora run_a run_b theirs.safetensors     one table, on equal terms
+    python evaluate_lora.py --lora demo_output --pictures FOLDER      pictures that you made with it, say in a UI
 
 Any LoRA that diffusers can load will do: kohya's layout, with modules in the text encoder and elsewhere, too,
 diffusers' own, PEFT's. Each is loaded into a fresh diffusers pipeline, so what is measured is what anybody gets from
@@ -26,6 +27,7 @@ if __name__ == "__main__":
         print(f"evaluate_lora.py: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
 
+import numpy as np
 import torch
 
 import train_manga_lora as trainer
@@ -37,7 +39,9 @@ from train_manga_lora import DEMO, FORMER, TrainingConfig, check_config
 from training.arguments import flag_parser, with_flags
 from training.base_model import load_tokenizer
 from training.bases import check_fits, find_base, find_configs, resolution_unit, use_mirror
+from training.layouts import IMAGE_SUFFIXES
 from training.lora_files import find_lora, read_lora
+from training.pictures import read_picture
 
 # The constants that a score depends on, or that its making needs: these are flags here
 SETTINGS = ("dataset_dir", "json_file", "pretrained_model", "clip_skip", "resolution", "framing", "trim_frames")
@@ -100,15 +104,36 @@ def settings(paths: list[Path], given: dict) -> tuple[TrainingConfig, str | None
     return use_mirror(config, print), None, None, "train_manga_lora.py"
 
 
+def read_pictures(folder: Path) -> tuple[list, list[str], bool]:
+    """(pixels, texts, whether these are prompts, from NAME.txt beside each NAME.png). Raises InputError."""
+    if not folder.is_dir():
+        raise InputError(f"--pictures {folder} is no folder: name one that holds pictures")
+    pixels, texts = [], []
+    for file in sorted(file for file in folder.iterdir() if file.name.lower().endswith(IMAGE_SUFFIXES)):
+        try:
+            pixels.append(np.asarray(read_picture(file)[0]))
+            words = file.with_suffix(".txt")
+            texts.append(words.read_text(encoding="utf-8").strip() if words.is_file() else None)
+        except Exception as error:  # whatever a damaged picture makes its decoder raise
+            raise InputError(f"{file} can't be read ({str(error)[:100]}): take it away") from None
+    if len(pixels) < 2:
+        raise InputError(f"--pictures {folder} holds {len(pixels)} pictures: two at least are needed")
+    are_prompts = None not in texts
+    return pixels, texts if are_prompts else [str(number) for number in range(len(texts))], are_prompts
+
+
 def main(arguments: list[str]) -> None:
     parser = flag_parser(TrainingConfig, trainer.__file__, __doc__, SETTINGS)
-    parser.names += ("lora", "to")
+    parser.names += ("lora", "to", "pictures")
     what = "a training's folder, a folder or file in it, or any LoRA's"
     parser.add_argument("--lora", nargs="+", required=True, type=Path, metavar="PATH", help=what)
     where = "folder for scores.json, before_after.png and, of several, comparison.html, which else goes into this one "
     where += "[a training's own, if it is scored alone and as it was]"
     parser.add_argument("--to", type=Path, metavar="FOLDER", help=where)
+    drawn = "score these pictures instead, say of a UI, against that one training's faces; prompts from NAME.txt beside"
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help=drawn)
     given = vars(parser.parse_args(arguments))
+    folder = given.pop("pictures")
     paths, to = list(dict.fromkeys(given.pop("lora"))), given.pop("to")
     if to is None and not given and len(paths) == 1 and (paths[0] / "config.json").is_file():
         to = paths[0]
@@ -116,6 +141,9 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--to {to} is a file or a training's folder: choose another")
 
     # The files, the settings, the base's configs, the faces: what is wrong is said before any weights are downloaded
+    drawn = read_pictures(folder) if folder else None
+    if drawn and len(paths) > 1:
+        raise InputError("--pictures are held against one training's faces: name one --lora")
     files = {str(path): find_lora(path) for path in paths}
     loras = {file: read_lora(file) for file in files.values()}
     config, data, base, whose = settings(paths, given)
@@ -131,6 +159,11 @@ def main(arguments: list[str]) -> None:
     print(f"Held against {len(dataset)} faces of {config.dataset_dir}, drawn on {base}; settings of {whose}")
 
     evaluation = Evaluation(config, dataset, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"), loras)
+    if drawn:
+        score = evaluation.judge_pictures(*drawn)
+        print(evaluation.table(score, evaluation.judge_held_out(), f"{folder.name[:20]} ({len(drawn[0])})"))
+        print(f"Score: {score}")
+        return
     scored = {name: evaluation.judge(file) for name, file in files.items()}
     if len(scored) > 1:
         print(compare.table(evaluation, scored))

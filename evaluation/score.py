@@ -24,6 +24,7 @@ from lora_layers import read_lora_weights
 from training.base_model import load_text_encoder, load_unet, load_vae
 from training.encoding import encode_faces, folder_identity
 from training.files import InputError, write_atomic
+from training.folder import PICTURES
 from training.lora_files import fit, put_on
 from training.pictures import load_image
 
@@ -336,9 +337,10 @@ class Evaluation:
         prompts, seeds, shapes = chosen
         return pictures.draw_pictures(self.pipe, {"prompt": prompts}, seeds, shapes, self.config, self.is_sparing)
 
-    def _features(self, pixels: list[np.ndarray], texts: list[str] | None = None) -> Features:
+    def _features(self, pixels: list[np.ndarray], texts: list[str] | None = None, are_prompts: bool = True) -> Features:
         texts, portraits = (self.jobs.prompts, self.jobs.portraits) if texts is None else (texts, len(texts))
-        return Features(pixels, texts, portraits, self.references, self.network, self.clip)
+        readers = (self.network, self.clip) if are_prompts else (None, None)
+        return Features(pixels, texts, portraits, self.references, *readers)
 
     @contextlib.contextmanager
     def wearing(self, lora_file: Path):
@@ -368,7 +370,7 @@ class Evaluation:
 
     def at_strengths(self, lora_file: Path, lora: Score) -> tuple[list[list], list[str], list[str]]:
         """The first two prompts on a sheet with the LoRA at each of STRENGTHS, as contact_sheet() wants it."""
-        shown, drawn = self.shown()[:2], {0: self.of_base.features.pixels, 1: lora.features.pixels}
+        shown, drawn = (self.jobs.samples or self.shown())[:2], {0: self.of_base.features.pixels, 1: lora.features.pixels}
         rows = [{strength: pixels[number] for strength, pixels in drawn.items()} for number in shown]
         with self.wearing(lora_file):
             for strength in STRENGTHS:
@@ -379,9 +381,14 @@ class Evaluation:
         captions = [self.jobs.prompts[number] for number in shown]
         return [[row[strength] for strength in STRENGTHS] for row in rows], list(map(str, STRENGTHS)), captions
 
-    def judge_pictures(self, pixels: list[np.ndarray], texts: list[str] | None = None) -> Score:
-        """Score pictures (H, W, 3), uint8, wherever they come from: of the jobs, or portraits of these texts."""
-        return Score(self._features(pixels, texts), self.references, self.ends)
+    def judge_pictures(
+        self, pixels: list[np.ndarray], texts: list[str] | None = None, are_prompts: bool = True
+    ) -> Score:
+        """Score pictures (H, W, 3), uint8, wherever they come from: of the jobs, or portraits of these texts.
+
+        are_prompts: else the texts only tell pictures apart, and adherence is not known.
+        """
+        return Score(self._features(pixels, texts, are_prompts), self.references, self.ends)
 
     def judge_held_out(self) -> Score | None:
         """The score of real faces, of the half that is not the score's upper end: a check. None without ends."""
@@ -390,8 +397,10 @@ class Evaluation:
         return self.judge_pictures(self.references.other_pixels, self._captions(self.references.other))
 
     def write(self, folder: Path, lora: Score) -> str:
-        """Write before_after.png and scores.json into `folder`; returns the table."""
+        """Write before_after.png, all pictures and scores.json into `folder`; returns the table."""
         pictures.write_picture(folder / "before_after.png", pictures.contact_sheet(*self.rows(lora)))
+        for name, score in {"base": self.of_base, "lora": lora}.items():
+            pictures.write_album(folder / PICTURES / name, self.jobs.prompts, score.features.pixels)
         held_out = self.judge_held_out()
         scores = {"base": self.of_base.as_json(), "lora": lora.as_json()}
         scores |= {"held_out_faces": held_out.as_json() if held_out else "n/a"}
@@ -425,13 +434,13 @@ class Evaluation:
             rows, titles = [row[1:] for row in rows], titles[1:]
         return rows, titles, [self.jobs.prompts[number] for number in self.shown()]
 
-    def table(self, lora: Score, held_out: Score | None) -> str:
-        """Measures, parts and score of base, LoRA and real faces."""
+    def table(self, lora: Score, held_out: Score | None, name: str = "LoRA") -> str:
+        """Measures, parts and score of base, LoRA (or whatever has this name) and real faces."""
 
         def add(title: str, cells, width: int, last: str = "") -> None:
             lines.append(f"{title:28s}" + "".join(f"{cell:>{width}}" for cell in cells) + last)
 
-        lines, both = [], {"base": self.of_base, "LoRA": lora}
+        lines, both = [], {"base": self.of_base, name: lora}
         copies, drawn = lora.copies(), len(self.jobs.prompts)
         named = ", ".join(f"{copy['face']} ({copy['distance']:.2f})" for copy in copies[:5])
         last = f"copies of training faces: {len(copies)} of {drawn} pictures {named}".rstrip()

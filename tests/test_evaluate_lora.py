@@ -262,3 +262,38 @@ def test_help_shows_every_setting_and_what_may_be_named(capsys):
     for name in ("lora PATH [PATH ...]", "to FOLDER", *evaluate_lora.SETTINGS, "no-demo"):
         assert f"--{name}" in printed, name
     assert "theirs.safetensors --dataset_dir my_faces" in printed and "--learning_rate" not in printed
+
+
+def test_pictures_of_any_origin_are_held_against_a_training_s_faces(place, capsys):
+    """The run's own pictures, saved, get the score that the run got; without prompts beside them adherence is n/a."""
+    evaluate_lora.main(["--lora", "out"])
+    capsys.readouterr()
+    album = place / "out" / "pictures" / "lora"
+    prompts, made = json.loads((album / "prompts.json").read_text())["prompts"], place / "made"
+    made.mkdir()
+    for number, prompt in enumerate(prompts[:24], start=1):  # the portraits
+        Image.open(album / f"{number:02d}.webp").save(made / f"{number:02d}.png")
+        (made / f"{number:02d}.txt").write_text(prompt)
+    before = sorted(place.rglob("*"))
+    evaluate_lora.main(["--lora", "out", "--pictures", "made"])
+    said = capsys.readouterr().out
+    scores = json.loads((place / "out" / "scores.json").read_text())["lora"]["score"]
+    expected = scores["value"]
+    words = re.search(r"^Score: (?:worse than the base \()?(-?[\d.]+)", said, re.M)
+    assert abs(float(words[1]) - expected) < 0.06, said
+    (made / "01.txt").unlink()
+    evaluate_lora.main(["--lora", "out", "--pictures", "made"])
+    assert "Score: " in capsys.readouterr().out
+    assert sorted(place.rglob("*")) == [path for path in before if path != made / "01.txt"]
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("none", "is no folder"), ("empty", "holds 0 pictures"), ("bad", "can't be")]
+)
+def test_pictures_that_can_not_be_read_are_one_line(place, what, said):
+    if what != "none":
+        (place / what).mkdir()
+    if what == "bad":
+        (place / what / "a.png").write_text("no picture")
+    with pytest.raises(InputError, match=said):
+        evaluate_lora.main(["--lora", "out", "--pictures", what])

@@ -20,10 +20,12 @@ from training.layouts import some_of
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
 REPORT = "report.html"  # see evaluation/report.py
 PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
+PICTURES = "pictures"  # that were scored
 PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
 PRODUCTS += (
     REPORT,
     "samples",
+    PICTURES,
     "checkpoints",
     "last",
     "candidates",
