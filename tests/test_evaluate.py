@@ -269,6 +269,17 @@ def test_a_part_without_evidence_earns_nothing_but_can_be_lost():
         assert ("adherence" in found.ends.evidence) == (expected != "n/a")
 
 
+def test_equal_captions_are_scored_picture_by_picture():
+    def alike(features):
+        return but(features, texts=["a face"] * 30)
+
+    (base, references, *_), (faces, *_) = made_up(1, shift=2.0), made_up(2)
+    ends = Ends(alike(base), alike(faces), references)
+    score = Score(alike(made_up(3, shift=0.7)[0]), references, ends)
+    low, high = score.interval("points: score")
+    assert ends.maximum == 8 and 1 < low < score.score < high < 7
+
+
 def test_copies_and_one_picture_over_and_over_cost_points():
     ends, references = made_up_ends()
     faces = made_up(2)[0]
