@@ -139,7 +139,7 @@ class Judge:
         # Where damage stays far below the faces, the mark is in the middle: 4 faces alone don't tell it well
         own = as_tensor(held_out).repeat(8, 1, 1, 1)
         whole, damaged = self.logits(as_tensor(held_out)), self.logits(self.damage(own, own.roll(1, 0)))
-        lowest = np.quantile(whole, 1 - PASS)
+        lowest = np.quantile(whole, 1 - PASS, method="lower")
         self.mark = min(lowest, (lowest + np.quantile(damaged, PASS)) / 2)
 
     def _train(self, faces: torch.Tensor, generator: torch.Generator) -> nn.Sequential:

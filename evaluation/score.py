@@ -135,8 +135,8 @@ def values(features: Features, references: References, weights: np.ndarray) -> d
         centre = mix @ real
         spread = max(math.sqrt(mix @ (real - centre) ** 2), floor)
         result[f"style: {name}"] = wasserstein_distance(own, real, some, mix) / spread
-    texts = np.array(features.texts[: features.portraits])
-    pairs = np.outer(some, some) * (texts[:, None] != texts)  # the bootstrap draws prompts: twice one is no pair
+    units = units_of(features.texts[: features.portraits])
+    pairs = np.outer(some, some) * (units[:, None] != units)  # what the bootstrap draws twice is no pair
     apart = (pairs * features.apart).sum() / pairs.sum() if pairs.sum() else math.nan
     among = mix @ references.among @ mix / (1 - mix @ mix) if mix @ mix < 1 else math.nan
     result["set distance"] = float(2 * (some @ features.to_faces) / some.sum() - apart - among)
@@ -210,11 +210,17 @@ class Ends:
         return shares | {"score": sum(of * shares[n] for n, of in (POINTS | COSTS).items() if math.isfinite(shares[n]))}
 
 
+def units_of(texts: list[str]) -> np.ndarray:
+    """What a bootstrap draws: prompts with all their pictures, or where all prompts are one, pictures. Shape: (n,)."""
+    return np.unique(texts, return_inverse=True)[1] if len(set(texts)) > 1 else np.arange(len(texts))
+
+
 def bootstrap(texts: list[str]) -> list[np.ndarray]:
-    """How often each picture counts: once, then RESAMPLES times as the prompts are drawn anew. Shape: each (n,)."""
-    prompts, of_prompt = np.unique(texts, return_inverse=True)
-    drawn = np.random.default_rng(0).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), RESAMPLES)
-    return [np.ones(len(texts)), *drawn[:, of_prompt].astype(float)]
+    """How often each picture counts: once, then RESAMPLES times as the units are drawn anew. Shape: each (n,)."""
+    units = units_of(texts)
+    count = int(units.max()) + 1
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    return [np.ones(len(texts)), *drawn[:, units].astype(float)]
 
 
 class Score:

@@ -9,16 +9,13 @@ import pathlib
 import pytest
 import safetensors
 import torch
-from conftest import ROOT, copy_faces, exported, run, small_config, write_faces
+from conftest import exported, run
 
 import train_manga_lora as trainer
-from evaluation import best_epoch, pictures
-from evaluation.score import Evaluation
+from evaluation import best_epoch
 from training import checkpoint
-from training.bases import resolution_unit
 
 CPU = torch.device("cpu")
-OVERFITTING_RATE, OVERFITTING_EPOCHS = 5e-3, 30
 
 
 def test_early_stopping_exports_the_best_epoch_and_keeps_the_last_beside_it(tiny_config, monkeypatch):
@@ -125,49 +122,3 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(tiny_config, mon
     with pytest.raises(trainer.Stop, match="validation loss after epoch 1 is nan") as stop:
         run(tiny_config)
     assert stop.value.exit_code == 4
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("style", ["ink", "coloured"])
-def test_of_a_run_that_overfits_an_earlier_epoch_is_chosen_and_256_pictures_confirm_it(
-    tmp_path, demo_faces, style, monkeypatch
-):
-    """12 faces, two at a time, at a high rate: it learns them by heart."""
-    faces = tmp_path / "faces"
-    if style == "ink":
-        copy_faces(demo_faces, faces, 24)
-    else:
-        write_faces(style, faces, 24)
-    config = small_config(
-        tmp_path,
-        faces,
-        ROOT / "demo" / "base",
-        learning_rate=OVERFITTING_RATE,
-        num_train_epochs=OVERFITTING_EPOCHS,
-        early_stopping_patience=0,
-        lora_rank=16,
-        lora_alpha=32,
-        train_batch_size=2,
-        gradient_accumulation_steps=1,
-        validation_share=0.5,
-        sample_prompts=("a face",),
-        samples_per_prompt=1,
-        sample_steps=10,
-    )
-    summary = trainer.main(config)
-    output = pathlib.Path(config.output_dir)
-    best = json.loads((output / "best.json").read_text())
-    assert summary["best_epoch"] < summary["epochs_run"] == OVERFITTING_EPOCHS
-    monkeypatch.setattr(pictures, "MAX_CAPTIONS", 256)  # of 12 held-out faces: 22 seeds each
-    dataset = trainer.MangaFaceDataset.from_config(config, resolution_unit(pathlib.Path(config.pretrained_model)))
-    evaluation = Evaluation(config, dataset, pathlib.Path(config.pretrained_model), CPU)
-    scored = [row["epoch"] for row in best["candidates"] if row["score"] != "n/a"]
-    files = {epoch: output / "candidates" / f"epoch-{epoch:03d}" for epoch in scored} | {"last": output / "last"}
-    scores = {epoch: evaluation.judge(folder / checkpoint.LORA_FILES[-1]) for epoch, folder in files.items()}
-    print()
-    for epoch, score in scores.items():
-        few = next((row["score"] for row in best["candidates"] if row["epoch"] == epoch), math.nan)
-        print(f"{style}, epoch {epoch}: {few if few == 'n/a' else f'{few:.2f}'} of 24 pictures, {score} of 264")
-    chosen = scores[best["epoch"]]
-    assert chosen.score > scores["last"].score
-    assert [epoch for epoch, score in scores.items() if score.beats(chosen)] == []

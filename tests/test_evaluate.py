@@ -269,6 +269,17 @@ def test_a_part_without_evidence_earns_nothing_but_can_be_lost():
         assert ("adherence" in found.ends.evidence) == (expected != "n/a")
 
 
+def test_equal_captions_are_scored_picture_by_picture():
+    def alike(features):
+        return but(features, texts=["a face"] * 30)
+
+    (base, references, *_), (faces, *_) = made_up(1, shift=2.0), made_up(2)
+    ends = Ends(alike(base), alike(faces), references)
+    score = Score(alike(made_up(3, shift=0.7)[0]), references, ends)
+    low, high = score.interval("points: score")
+    assert ends.maximum == 8 and 1 < low < score.score < high < 7
+
+
 def test_copies_and_one_picture_over_and_over_cost_points():
     ends, references = made_up_ends()
     faces = made_up(2)[0]
@@ -426,7 +437,8 @@ def test_real_faces_of_the_other_half_get_nearly_all_and_every_damage_costs_2_po
 
 def test_five_epochs_of_a_run_come_in_their_order_between_base_and_real_faces(ink, trained):
     scores = [score.score for score in trained.values()]
-    assert scores == sorted(scores) and scores[0] > 0, scores
+    assert scores[:4] == sorted(scores[:4]) and scores[0] > 0, scores  # in the last quarter the rate is nearly 0:
+    assert not trained["three_quarters"].beats(trained["finished"])  # nothing more is learnt, but nothing lost
     assert trained["quarter"].beats(ink.of_base) and trained["finished"].beats(trained["quarter"])
     real = ink.judge_held_out()
     assert real.interval("points: score")[0] > trained["finished"].interval("points: score")[1]
