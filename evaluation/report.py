@@ -169,7 +169,7 @@ def _cards(album: Album, rows: list[list], titles: list[str], captions: list[str
     """A card per caption, with a picture per title; see contact_sheet(). Pictures: see Album.add()."""
     cards = ""
     for pictures, caption in zip(rows, captions, strict=True):
-        both = zip(pictures, map(_text, titles), strict=True)
+        both = [(of, title) for of, title in zip(pictures, map(_text, titles), strict=True) if of is not None]
         figures = (f"<figure>{album.add(of, '')}<figcaption>{title}</figcaption></figure>" for of, title in both)
         row = f'<div class="row" style="--n:{len(titles)}">{"".join(figures)}</div>'
         cards += f'<article><p class="prompt">{_text(caption)}</p>{row}</article>\n'

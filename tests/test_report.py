@@ -92,7 +92,8 @@ def fake_evaluation(text: str = "a face"):
     """(what a report asks of it, a file, a Score)."""
 
     def rows(score):
-        return [[picture(1), picture(2), picture(3)]], ["base", "LoRA", "nearest training face"], [f"{text} shown"]
+        shown = [[picture(n) for n in range(4)], [None, *(picture(n) for n in range(3))]]  # a prompt has no real face
+        return shown, ["real face", "base", "LoRA", "nearest training face"], [f"{text} shown", f"{text} shown too"]
 
     def at_strengths(file, score):
         return [[picture(number) for number in range(5)]], list(map(str, STRENGTHS)), [f"{text} sweep"]
@@ -343,14 +344,15 @@ def test_the_strengths_are_those_of_the_lora_s_scaled_weights(tmp_path, shared_f
     evaluation = Evaluation(config, dataset, tiny_base, torch.device("cpu"))
     score = evaluation.judge(file)
     rows, titles, captions = evaluation.at_strengths(file, score)
-    assert titles == ["0", "0.4", "0.7", "1", "1.3"] and captions == ["a face", "another face"]
+    own = dataset.texts[dataset.first_text[dataset.validation[0]]]
+    assert titles == ["0", "0.4", "0.7", "1", "1.3"] and captions == [own, "a face"]
     for strength in (0, 0.7, 1):
         scaled = {k: v * strength if "lora_up" in k else v for k, v in load_file(file).items()}
         other = tmp_path / f"{strength}" / "lora.safetensors"
         other.parent.mkdir()
         save_file(scaled, other)
         with evaluation.wearing(other):
-            drawn = evaluation._draw(evaluation.shown())
+            drawn = evaluation._draw([0, evaluation.jobs.samples[0]])
         for row, reference in zip(rows, drawn, strict=True):
             assert abs(row[titles.index(str(strength))].astype(int) - reference).max() <= 1
     assert all(abs(row[1].astype(int) - row[4]).max() > 1 for row in rows)
