@@ -367,7 +367,7 @@ class Evaluation:
         return self.judge_pictures(pixels)
 
     def at_strengths(self, lora_file: Path, lora: Score) -> tuple[list[list], list[str], list[str]]:
-        """A sheet's first prompt and the first sample prompt with the LoRA at STRENGTHS, as contact_sheet() wants it."""
+        """A sheet's first prompt and the first sample prompt with the LoRA at STRENGTHS; for contact_sheet()."""
         shown = list(dict.fromkeys([self.shown()[0], *self.jobs.samples[:1]]))
         drawn = {0: self.of_base.features.pixels, 1: lora.features.pixels}
         rows = [{strength: pixels[number] for strength, pixels in drawn.items()} for number in shown]

@@ -382,7 +382,7 @@ def test_a_report_is_made_at_every_epoch_s_end_and_its_failure_stops_nothing(tmp
     failed = [line for line in printed if "report.html was not written" in line]
     assert len(failed) == 2 and "No space left" in failed[0] and all(len(line.splitlines()) == 1 for line in failed)
     final = (tmp_path / "out" / "report.html").read_text()
-    assert final == pages[4] and final.count("<figcaption>1.3</figcaption>") == 1
+    assert final == pages[4] and final.count("<figcaption>1.3</figcaption>") == 2
     assert "Use it" in final and "Only 6 steps" in final and 'class="band"' in final
     assert f"epoch {summary['best_epoch']}" in final and len(summary["validation"]) == 4
 
