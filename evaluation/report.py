@@ -185,10 +185,13 @@ class Grid:
             epoch, drawn = prompts.parent.name[6:], {}
             if not epoch.isdigit() or not prompts.parent.with_suffix(".png").is_file():  # not ours, or half drawn
                 continue
-            texts = json.loads(prompts.read_text(encoding="utf-8"))["prompts"]
+            texts = _read(prompts).get("prompts", [])
             for number, text in enumerate(texts):
-                drawn[text, texts[:number].count(text)] = prompts.with_name(f"{number + 1:02d}.webp")
-            self.epochs[int(epoch)] = drawn
+                file = prompts.with_name(f"{number + 1:02d}.webp")
+                if file.is_file():
+                    drawn[text, texts[:number].count(text)] = file
+            if drawn:
+                self.epochs[int(epoch)] = drawn
         self.epochs = dict(sorted(self.epochs.items()))
         self.rows = list(self.epochs[max(self.epochs)]) if self.epochs else []
 

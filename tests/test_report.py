@@ -196,6 +196,15 @@ def test_a_report_of_nothing_but_settings_is_one_too(tmp_path):
     assert "Epoch 0 of 3 is done" in written(tmp_path / "out", config)
 
 
+def test_damaged_pictures_cost_their_place_on_the_page_and_no_more(tmp_path):
+    config = make_run(tmp_path / "out")
+    samples = tmp_path / "out" / "samples"
+    (samples / "epoch-001" / "02.webp").unlink()
+    (samples / "epoch-002" / "prompts.json").write_text("[")
+    page = written(tmp_path / "out", config)
+    assert page.count("<figcaption>epoch 1</figcaption></button>") == 2 and "epoch 2</figcaption></button>" not in page
+
+
 def test_pictures_are_embedded_as_they_were_drawn(tmp_path):
     config = make_run(tmp_path / "out")
     page = written(tmp_path / "out", config)
