@@ -65,7 +65,8 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
     losses = [loss for _, loss in metrics.validation]
     sentence = sentence or summary.get("verdict", "")
     reason = f"Epoch {best['epoch']} is the best: {best['reason']}" if best else ""
-    done = f"Epoch {metrics.epoch} of {config.num_train_epochs} is done; reload this page after the next"
+    next_up = "after the next" if metrics.epoch < config.num_train_epochs else "once its pictures are scored"
+    done = f"Epoch {metrics.epoch} of {config.num_train_epochs} is done; reload this page {next_up}"
     when = f"finished, {summary['epochs_run']} of {config.num_train_epochs} epochs" if summary else "still training"
     yield f'<p class="soft">{escape(config.lora_name)}: {when}</p>\n<h1>{_text(sentence or reason or done)}</h1>\n'
     yield f"<p>{_text(reason)}</p>\n" if sentence else ""
@@ -221,6 +222,7 @@ class Grid:
                     title, is_best = f"epoch {epoch}" if epoch else "base", " class=best" if epoch == best else ""
                     place = f'data-row="{number}" data-column="{column}" tabindex="{-(number + column > 0)}"'
                     picture = album.add(self.epochs[epoch][row], "")
+                    place += f' style="grid-column:{column + 1}"'
                     cells += f"<button {place}{is_best}>{picture}<figcaption>{title}</figcaption></button>"
             lines += f'<div><p class="prompt">{_text(row[0])}</p><div class="strip">{cells}</div></div>\n'
         told = "Arrow keys move; a click or Enter shows a picture beside the base's at full size."
