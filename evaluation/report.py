@@ -65,7 +65,8 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
     losses = [loss for _, loss in metrics.validation]
     sentence = sentence or summary.get("verdict", "")
     reason = f"Epoch {best['epoch']} is the best: {best['reason']}" if best else ""
-    done = f"Epoch {metrics.epoch} of {config.num_train_epochs} is done; reload this page after the next"
+    next_up = "after the next" if metrics.epoch < config.num_train_epochs else "once its pictures are scored"
+    done = f"Epoch {metrics.epoch} of {config.num_train_epochs} is done; reload this page {next_up}"
     when = f"finished, {summary['epochs_run']} of {config.num_train_epochs} epochs" if summary else "still training"
     yield f'<p class="soft">{escape(config.lora_name)}: {when}</p>\n<h1>{_text(sentence or reason or done)}</h1>\n'
     yield f"<p>{_text(reason)}</p>\n" if sentence else ""
@@ -169,7 +170,7 @@ def _cards(album: Album, rows: list[list], titles: list[str], captions: list[str
     """A card per caption, with a picture per title; see contact_sheet(). Pictures: see Album.add()."""
     cards = ""
     for pictures, caption in zip(rows, captions, strict=True):
-        both = zip(pictures, map(_text, titles), strict=True)
+        both = [(of, title) for of, title in zip(pictures, map(_text, titles), strict=True) if of is not None]
         figures = (f"<figure>{album.add(of, '')}<figcaption>{title}</figcaption></figure>" for of, title in both)
         row = f'<div class="row" style="--n:{len(titles)}">{"".join(figures)}</div>'
         cards += f'<article><p class="prompt">{_text(caption)}</p>{row}</article>\n'
@@ -185,10 +186,13 @@ class Grid:
             epoch, drawn = prompts.parent.name[6:], {}
             if not epoch.isdigit() or not prompts.parent.with_suffix(".png").is_file():  # not ours, or half drawn
                 continue
-            texts = json.loads(prompts.read_text(encoding="utf-8"))["prompts"]
+            texts = _read(prompts).get("prompts", [])
             for number, text in enumerate(texts):
-                drawn[text, texts[:number].count(text)] = prompts.with_name(f"{number + 1:02d}.webp")
-            self.epochs[int(epoch)] = drawn
+                file = prompts.with_name(f"{number + 1:02d}.webp")
+                if file.is_file():
+                    drawn[text, texts[:number].count(text)] = file
+            if drawn:
+                self.epochs[int(epoch)] = drawn
         self.epochs = dict(sorted(self.epochs.items()))
         self.rows = list(self.epochs[max(self.epochs)]) if self.epochs else []
 
@@ -218,6 +222,7 @@ class Grid:
                     title, is_best = f"epoch {epoch}" if epoch else "base", " class=best" if epoch == best else ""
                     place = f'data-row="{number}" data-column="{column}" tabindex="{-(number + column > 0)}"'
                     picture = album.add(self.epochs[epoch][row], "")
+                    place += f' style="grid-column:{column + 1}"'
                     cells += f"<button {place}{is_best}>{picture}<figcaption>{title}</figcaption></button>"
             lines += f'<div><p class="prompt">{_text(row[0])}</p><div class="strip">{cells}</div></div>\n'
         told = "Arrow keys move; a click or Enter shows a picture beside the base's at full size."

@@ -375,8 +375,9 @@ class Evaluation:
         return self.judge_pictures(pixels)
 
     def at_strengths(self, lora_file: Path, lora: Score) -> tuple[list[list], list[str], list[str]]:
-        """The first two prompts on a sheet with the LoRA at each of STRENGTHS, as contact_sheet() wants it."""
-        shown, drawn = (self.jobs.samples or self.shown())[:2], {0: self.of_base.features.pixels, 1: lora.features.pixels}
+        """A sheet's first prompt and the first sample prompt with the LoRA at STRENGTHS; for contact_sheet()."""
+        shown = list(dict.fromkeys([self.shown()[0], *self.jobs.samples[:1]]))
+        drawn = {0: self.of_base.features.pixels, 1: lora.features.pixels}
         rows = [{strength: pixels[number] for strength, pixels in drawn.items()} for number in shown]
         with self.wearing(lora_file):
             for strength in STRENGTHS:

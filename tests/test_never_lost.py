@@ -813,7 +813,7 @@ def test_the_space_asked_for_is_what_a_run_takes_and_not_twice_that(tmp_path, mo
             )
         asked.append(int(re.search(r"may take (\d+) MiB", str(stop.value))[1]))
     checkpoints, files = 3 * 3 * 4 * 3.188736e6, 33 * 2 * 2 * 3.188736e6
-    assert asked[0] == round((checkpoints + files) / 2**20 + 32)
+    assert asked[0] == round((checkpoints + files) / 2**20 + 64)
     assert asked[1] == asked[0] - 4
 
 

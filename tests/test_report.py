@@ -92,7 +92,8 @@ def fake_evaluation(text: str = "a face"):
     """(what a report asks of it, a file, a Score)."""
 
     def rows(score):
-        return [[picture(1), picture(2), picture(3)]], ["base", "LoRA", "nearest training face"], [f"{text} shown"]
+        shown = [[picture(n) for n in range(4)], [None, *(picture(n) for n in range(3))]]  # a prompt has no real face
+        return shown, ["real face", "base", "LoRA", "nearest training face"], [f"{text} shown", f"{text} shown too"]
 
     def at_strengths(file, score):
         return [[picture(number) for number in range(5)]], list(map(str, STRENGTHS)), [f"{text} sweep"]
@@ -193,6 +194,15 @@ def test_a_report_of_nothing_but_settings_is_one_too(tmp_path):
     shutil.rmtree(tmp_path / "out" / "samples")
     (tmp_path / "out" / "metrics.csv").unlink()
     assert "Epoch 0 of 3 is done" in written(tmp_path / "out", config)
+
+
+def test_damaged_pictures_cost_their_place_on_the_page_and_no_more(tmp_path):
+    config = make_run(tmp_path / "out")
+    samples = tmp_path / "out" / "samples"
+    (samples / "epoch-001" / "02.webp").unlink()
+    (samples / "epoch-002" / "prompts.json").write_text("[")
+    page = written(tmp_path / "out", config)
+    assert page.count("<figcaption>epoch 1</figcaption></button>") == 2 and "epoch 2</figcaption></button>" not in page
 
 
 def test_pictures_are_embedded_as_they_were_drawn(tmp_path):
@@ -343,14 +353,15 @@ def test_the_strengths_are_those_of_the_lora_s_scaled_weights(tmp_path, shared_f
     evaluation = Evaluation(config, dataset, tiny_base, torch.device("cpu"))
     score = evaluation.judge(file)
     rows, titles, captions = evaluation.at_strengths(file, score)
-    assert titles == ["0", "0.4", "0.7", "1", "1.3"] and captions == ["a face", "another face"]
+    own = dataset.texts[dataset.first_text[dataset.validation[0]]]
+    assert titles == ["0", "0.4", "0.7", "1", "1.3"] and captions == [own, "a face"]
     for strength in (0, 0.7, 1):
         scaled = {k: v * strength if "lora_up" in k else v for k, v in load_file(file).items()}
         other = tmp_path / f"{strength}" / "lora.safetensors"
         other.parent.mkdir()
         save_file(scaled, other)
         with evaluation.wearing(other):
-            drawn = evaluation._draw(evaluation.shown())
+            drawn = evaluation._draw([0, evaluation.jobs.samples[0]])
         for row, reference in zip(rows, drawn, strict=True):
             assert abs(row[titles.index(str(strength))].astype(int) - reference).max() <= 1
     assert all(abs(row[1].astype(int) - row[4]).max() > 1 for row in rows)
@@ -380,7 +391,7 @@ def test_a_report_is_made_at_every_epoch_s_end_and_its_failure_stops_nothing(tmp
     failed = [line for line in printed if "report.html was not written" in line]
     assert len(failed) == 2 and "No space left" in failed[0] and all(len(line.splitlines()) == 1 for line in failed)
     final = (tmp_path / "out" / "report.html").read_text()
-    assert final == pages[4] and final.count("<figcaption>1.3</figcaption>") == 1
+    assert final == pages[4] and final.count("<figcaption>1.3</figcaption>") == 2
     assert "Use it" in final and "Only 6 steps" in final and 'class="band"' in final
     assert f"epoch {summary['best_epoch']}" in final and len(summary["validation"]) == 4
 
