@@ -264,7 +264,8 @@ def _score(scores: dict, words: str | None) -> str:
             told += f", {title} {other['points']:.1f}" if isinstance(other, dict) else ""
         anchor = f"part-{name.replace(' ', '-')}"
         link = f'<a href="#{escape(anchor)}">what it means</a>' if name in meanings else ""
-        bars += _bar(IN_WORDS.get(name, name), entry["points"], abs(entry["of"]) or MOST_LOST, told, link)
+        kept = entry["points"] - min(0, entry["of"])  # of what can only be lost, the bar shows what is left
+        bars += _bar(IN_WORDS.get(name, name), kept, abs(entry["of"]) or MOST_LOST, told, link)
         below += f'<p id="{escape(anchor)}"><b>{_text(name)}</b>: {_text(meanings[name])}</p>\n' if link else ""
     told = f'<div class="cards">{bars}</div>\n<div class="soft">{below}</div>\n'
     return _section(f"Score: {words or _interval(own['score'])}", told) if own else ""

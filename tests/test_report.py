@@ -173,6 +173,8 @@ def test_a_report_tells_all_of_a_finished_run_and_the_sentence_first(tmp_path):
         assert part in text, part
         text = text[text.index(part) :]
     assert page.index("<h1>Style learnt") < page.index("<img")
+    widths = re.findall(r'<div class="bar c(\d)"><b style="width:([\d.]+)%', page)
+    assert widths == [("0", "50.0"), ("0", "83.3")]  # 1.5 of 3; 2.5 left of 3 that can only be lost
 
 
 def test_without_a_verdict_the_best_epoch_s_reason_is_the_sentence(tmp_path):
