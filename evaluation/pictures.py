@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 from evaluation.measures import DEMO_ATTRIBUTES
 from training.base_model import load_vae
@@ -102,6 +103,9 @@ def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int,
     Shape: of each (H, W, 3), uint8.
     """
     pictures: list = [None] * len(seeds)
+    bar = tqdm(
+        desc="Drawing", total=len(seeds), unit="picture", leave=False, disable=None
+    )  # None: if a terminal sees it
     settings = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
     for height, width in dict.fromkeys(shapes):
         numbers = [number for number, shape in enumerate(shapes) if shape == (height, width)]
@@ -114,6 +118,8 @@ def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int,
             latents = pipe(**given, height=height, width=width, generator=generators, output_type="latent").images
             for number, picture in zip(some, decode(pipe.vae, latents), strict=True):
                 pictures[number] = picture
+            bar.update(len(some))
+    bar.close()
     return pictures
 
 
