@@ -39,15 +39,15 @@ def test_training_samples_and_scores_all_skip_the_same_layers(tiny_config, tiny_
     monkeypatch.setattr(trainer, "encode", lambda *a: seen.append(encode(*a)) or seen[-1])
     monkeypatch.setattr(pictures, "draw_pictures", lambda pipe, given, *a: drawn.append(given) or draw(pipe, given, *a))
     pipes = []
-    monkeypatch.setattr(score.pictures, "build_pipeline", lambda *a: pipes.append(build(*a)) or pipes[-1])
+    monkeypatch.setattr(score.pictures, "build_pipeline", lambda *a, **k: pipes.append(build(*a, **k)) or pipes[-1])
     sampled = {"sample_prompts": ("a face",), "sample_every_n_epochs": 1, "sample_steps": 1, "samples_per_prompt": 1}
     run(tiny_config, num_train_epochs=1, clip_skip=2, **sampled)
     (data,) = seen
     expected, _ = of_diffusers(tiny_base, data.dataset.texts, 1)
     assert torch.equal(torch.stack(list(data.encoded.text_embeddings))[: len(expected)], expected)
     prompts, _ = of_diffusers(tiny_base, ["", "a face"], 1)
-    assert torch.equal(drawn[0]["negative_prompt_embeds"], prompts[:1])
-    assert torch.equal(drawn[0]["prompt_embeds"], prompts[1:])
+    assert torch.equal(drawn[0]["negative_prompt_embeds"][:1], prompts[:1])
+    assert torch.equal(drawn[0]["prompt_embeds"][-1:], prompts[1:])  # held-out captions come first
     scoring = pipes[-1].encode_prompt("a face", CPU, 1, True, negative_prompt="")
     assert torch.equal(torch.cat(scoring[::-1]), prompts)
 
