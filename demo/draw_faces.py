@@ -24,11 +24,13 @@ JSON_NAME = "modified_face_250.json"
 NUM_FACES = 250
 FACE_PIXELS = 512
 GREY_LEVELS = 16  # of the stored faces: ink has two, the rest is for smooth edges
-SUPERSAMPLING = 4  # pictures for the base are rendered this much larger, then reduced
+SUPERSAMPLING = 2  # pictures for the base are rendered this much larger, then reduced
 
 # The rare parts of `lorelei`: percent of the 250 faces, and of the base's pictures (it must learn them well)
 RARE_IN_FACES = {"glasses": 10, "earrings": 10, "beard": 5, "hairAccessories": 5, "freckles": 5}
-RARE_IN_BASE = {"glasses": 30, "earrings": 30, "beard": 20, "hairAccessories": 25, "freckles": 25}
+# Glasses and flowers are the LoRA's to teach, one common and one rare: no picture of the base shows them.
+RARE_IN_BASE = {"glasses": 0, "earrings": 30, "beard": 20, "hairAccessories": 0, "freckles": 25}
+RARE_IN_VAE = {"glasses": 50, "earrings": 50, "beard": 25, "hairAccessories": 50, "freckles": 50}  # sees everything
 
 # lorelei hairstyle -> (words, length, who wears it)
 HAIR = {
@@ -142,6 +144,7 @@ MOUTHS = {
 
 GLASSES = {1: "round glasses", 2: "sunglasses", 3: "oval glasses", 4: "square glasses", 5: "reading glasses"}
 SUNGLASSES = 2
+UNSEEN_WORDS = (*GLASSES.values(), "wearing glasses", "flowers in the hair")  # for the vocabulary alone
 
 MANGA_OPENINGS = ("A detailed manga face portrait of", "A manga face portrait of", "Manga portrait of")
 MANGA_INK = (
@@ -270,7 +273,17 @@ LINE_ART_OPENINGS = (
     "black and white pen drawing",
     "ink sketch, black lines on white",
 )
-HIDDEN_PARTS = {"notionists": ("gesture",), "open-peeps": ("mask",)}
+HIDDEN_PARTS = {  # never drawn: what hides the face, and glasses
+    "notionists": ("gesture", "glasses"),
+    "open-peeps": ("mask", "accessories"),
+    "adventurer": ("glasses",),
+    "micah": ("glasses",),
+    "big-smile": ("accessories",),
+}
+WITHOUT_GLASSES = {  # eyes, where the artist drew glasses as eyes
+    "personas": ("happy", "open", "sleep", "wink"),
+    "croodles": tuple(f"variant{i:02}" for i in range(1, 17) if i not in (9, 13, 14, 15)),
+}
 NOUNS = {
     "hair": "hair",
     "rearHair": "hair",
@@ -382,11 +395,11 @@ def manga_captions(parts, rng):
     return captions
 
 
-def colour_lorelei(seed, pixels):
+def colour_lorelei(seed, pixels, rare=RARE_IN_BASE):
     """A coloured face for the base: (picture, captions), half of them in the words of the manga faces."""
     rng = random.Random(seed)
     colours, colour_words = draw_palette(rng)
-    options = lorelei_options(seed, RARE_IN_BASE)
+    options = lorelei_options(seed, rare)
     options |= {f"{slot}Color": [colours[role]] for slot, role in LORELEI_ROLES.items()}
     picture, parts = render_small("lorelei", options, pixels)
     who, hair, words = lorelei_words(parts)
@@ -408,7 +421,12 @@ def colour_lorelei(seed, pixels):
 
 def ink_lorelei(seed, pixels):
     """A black-and-white face for the VAE alone."""
-    return render_small("lorelei", lorelei_options(seed, RARE_IN_BASE), pixels)[0]
+    return render_small("lorelei", lorelei_options(seed, RARE_IN_VAE), pixels)[0], []
+
+
+def vivid_lorelei(seed, pixels):
+    """A coloured face with every part, for the VAE alone."""
+    return colour_lorelei(seed, pixels, RARE_IN_VAE)[0], []
 
 
 def part_words(style_name, parts):
@@ -430,6 +448,8 @@ def other_options(style_name, seed, colours):
     """Options of a portrait in another style with the given colours by role."""
     options = {f"{part}Probability": 0 for part in HIDDEN_PARTS.get(style_name, ())}
     options |= {f"{slot}Color": [colours[role]] for slot, role in OTHER_STYLES[style_name][1].items()}
+    if style_name in WITHOUT_GLASSES:
+        options["eyesVariant"] = list(WITHOUT_GLASSES[style_name])
     return {"seed": seed, "backgroundColor": [colours["background"]], **options}
 
 
