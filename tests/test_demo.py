@@ -146,8 +146,15 @@ def test_the_faces_are_what_their_script_draws(monkeypatch):
 
     entries = json.loads((ROOT / "demo" / "faces" / "modified_face_250.json").read_text(encoding="utf-8"))
     assert len(entries) == 250
+    tags = json.loads((ROOT / "demo" / "faces_tags.json").read_text(encoding="utf-8"))
+    others = json.loads((ROOT / "demo" / "other_faces" / "captions.json").read_text(encoding="utf-8"))
     for index in (1, 77, 250):
-        picture, captions = draw_faces.manga_face(index)
+        picture, captions, as_tags = draw_faces.manga_face(index)
         with Image.open(ROOT / "demo" / "faces" / f"image{index:03}.png") as committed:
             assert np.array_equal(np.asarray(picture), np.asarray(committed.convert("L")))
         assert entries[index - 1] == {"image_name": f"image{index:03}", "captions": captions}
+        assert tags[index - 1] == {"image_name": f"image{index:03}", "captions": [as_tags]}
+    picture, caption = draw_faces.other_face(60)
+    with Image.open(ROOT / "demo" / "other_faces" / "other60.png") as committed:
+        assert np.array_equal(np.asarray(picture), np.asarray(committed.convert("L")))
+    assert others[59] == {"image_name": "other60", "captions": [caption]}
