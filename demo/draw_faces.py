@@ -2,7 +2,8 @@
 
 `python demo/draw_faces.py` draws 250 black-and-white manga faces to `demo/faces/` with their captions in sentences,
 writes captions of the same faces in tags to `demo/faces_tags.json`, and draws 60 faces in another artist's style,
-captioned in tags, to `demo/other_faces/`. The same seeds give the same bytes. `train_base.py` takes the pictures of the base model from the functions below.
+captioned in tags, to `demo/other_faces/`. The same seeds give the same bytes. `train_base.py` takes the pictures of
+the base model from the functions below.
 
 The pictures are parametric portraits (DiceBear); who drew the styles and under which licence: `LICENSES.md`.
 """

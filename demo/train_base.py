@@ -6,6 +6,7 @@ Interrupted? The same command continues. The work folder `demo/.work/` can be de
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
@@ -89,26 +90,24 @@ def render_one(job):
 
 def render_pictures(counts):
     """Renders what isn't yet in the work folder, in shards; returns {kind: (pixels, captions)}."""
+    shards = {
+        kind: [WORK_DIR / f"{kind}_{start}.npz" for start in range(0, count, SHARD)] for kind, count in counts.items()
+    }
+    missing = [(kind, i) for kind, files in shards.items() for i, file in enumerate(files) if not file.exists()]
+    with multiprocessing.Pool() if missing else contextlib.nullcontext() as pool:
+        for kind, i in missing:
+            results = pool.map(render_one, [(kind, SHARD * i + index) for index in range(SHARD)], chunksize=10)
+            file = shards[kind][i]
+            with open(file.with_suffix(".new"), "wb") as new:
+                captions = json.dumps([captions for _, captions in results])
+                np.savez(new, pixels=np.stack([pixels for pixels, _ in results]), captions=captions)
+            os.replace(file.with_suffix(".new"), file)
+            log(f"rendered {kind} up to {SHARD * (i + 1)}")
     rendered = {}
-    for kind, count in counts.items():
-        shards = []
-        for start in range(0, count, SHARD):
-            file = WORK_DIR / f"{kind}_{start}.npz"
-            if not file.exists():
-                begun = time.time()
-                with multiprocessing.Pool() as pool:
-                    results = pool.map(render_one, [(kind, start + i) for i in range(SHARD)], chunksize=10)
-                pixels, captions = np.stack([p for p, _ in results]), json.dumps([c for _, c in results])
-                with open(file.with_suffix(".new"), "wb") as new:
-                    np.savez(new, pixels=pixels, captions=captions)
-                os.replace(file.with_suffix(".new"), file)
-                log(f"rendered {kind} {start} to {start + SHARD} in {time.time() - begun:.0f} s")
-            with np.load(file) as shard:
-                shards.append((shard["pixels"], json.loads(str(shard["captions"]))))
-        rendered[kind] = (
-            np.concatenate([pixels for pixels, _ in shards]),
-            [rows for _, captions in shards for rows in captions],
-        )
+    for kind, files in shards.items():
+        loaded = [np.load(file) for file in files]
+        captions = [rows for shard in loaded for rows in json.loads(str(shard["captions"]))]
+        rendered[kind] = np.concatenate([shard["pixels"] for shard in loaded]), captions
     return rendered
 
 
