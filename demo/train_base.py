@@ -48,7 +48,7 @@ VOCABULARY = 1400  # tokens; enough for every word of the captions to be one tok
 
 VAE_CHANNELS = (24, 24, 48, 96)
 VAE_MINUTES = 97
-VAE_LEARNING_RATE = 1.5e-3
+VAE_LEARNING_RATE = 5e-4
 CROP, CROPS = 64, 8  # most steps see these crops, some as many pixels of whole pictures
 WHOLE = 0.15  # share of those steps
 GRID = 8  # crops begin where a latent pixel does
