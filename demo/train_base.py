@@ -36,6 +36,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 DEMO_DIR = Path(__file__).parent
 BASE_DIR = DEMO_DIR / "base128"
+OLD_BASE_DIR = DEMO_DIR / "base"  # of 64 pixels: not to be replaced before BASE_DIR's VAE is begun
 WORK_DIR = DEMO_DIR / ".work"
 
 PIXELS = 128
@@ -52,6 +53,7 @@ VAE_LEARNING_RATE = 5e-4
 CROP, CROPS = 64, 8  # most steps see these crops, some as many pixels of whole pictures
 WHOLE = 0.15  # share of those steps
 GRID = 8  # crops begin where a latent pixel does
+LATENT_PIXELS = PIXELS // GRID
 SMALL_VAE_CHANNELS = (24, 48, 64)  # trained first, for half the pixels; VAE_CHANNELS grows from it
 SMALL_VAE_MINUTES = 21
 SMALL_VAE_LEARNING_RATE = 2e-3
@@ -231,7 +233,7 @@ def autocast():
 
 
 def make_vae(channels):
-    """A VAE that halves the side once per level but the last."""
+    """A VAE that halves the side once per level but the last, down to LATENT_PIXELS."""
     torch.manual_seed(SEED)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -239,10 +241,15 @@ def make_vae(channels):
         block_out_channels=channels,
         layers_per_block=1,
         norm_num_groups=NORM_GROUPS,
-        sample_size=4 * 2 ** len(channels),
+        sample_size=LATENT_PIXELS * 2 ** (len(channels) - 1),
         mid_block_add_attention=False,
         force_upcast=False,
     )
+    return vae.to(DEVICE, memory_format=torch.channels_last)
+
+
+def load_vae(base):
+    vae = AutoencoderKL.from_pretrained(base / "vae").float()
     return vae.to(DEVICE, memory_format=torch.channels_last)
 
 
@@ -328,9 +335,13 @@ def draw_crops(pixels, generator):
 
 
 def train_vae(pixels, minutes):
-    """Leaves the averaged weights. Starts from the VAE in the base's folder, if there is one, else from a small one."""
+    """Leaves the averaged weights. Starts from the VAE in the base's folder, if there is one, else grows a small one:
+    that of the 64-pixel base, as long as it lies beside, or one trained now.
+    """
     if (BASE_DIR / "vae").exists():
-        vae = AutoencoderKL.from_pretrained(BASE_DIR / "vae").float().to(DEVICE, memory_format=torch.channels_last)
+        vae = load_vae(BASE_DIR)
+    elif (OLD_BASE_DIR / "vae").exists():
+        vae = grow(load_vae(OLD_BASE_DIR))
     else:
         small = make_vae(SMALL_VAE_CHANNELS)
         run = Run("small_vae", [small], SMALL_VAE_MINUTES, SMALL_VAE_LEARNING_RATE)
@@ -389,7 +400,7 @@ def make_text_encoder(tokenizer):
 def make_unet():
     torch.manual_seed(SEED + 2)
     unet = UNet2DConditionModel(
-        sample_size=PIXELS // GRID,
+        sample_size=LATENT_PIXELS,
         block_out_channels=UNET_CHANNELS,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,  # the number of heads, as in Stable Diffusion 1.5, where it is 8
@@ -506,7 +517,7 @@ def vae_stage(minutes):
 def unet_stage(minutes):
     rendered = render_pictures(UNET_PICTURES)
     kept, held_out = split(rendered, UNET_PICTURES)
-    vae = AutoencoderKL.from_pretrained(BASE_DIR / "vae").float().to(DEVICE, memory_format=torch.channels_last)
+    vae = load_vae(BASE_DIR)
 
     # Latents with unit deviation, token ids
     latents = cached_latents(vae, kept)

@@ -182,6 +182,7 @@ def test_a_grown_vae_does_to_pictures_what_the_small_one_does_to_reduced_ones(tr
         latents = small.encode(torch.nn.functional.avg_pool2d(smooth, 2)).latent_dist.mode()
         own = grown.encode(smooth).latent_dist.mode()
         decoded, grown_decoded = small.decode(latents).sample, grown.decode(latents).sample
+    assert (small.config.sample_size, grown.config.sample_size) == (64, 128)
     assert own.shape == latents.shape == (2, 4, 16, 16)
     assert grown_decoded.shape == (2, 3, 128, 128)
     assert (own - latents).std() < 0.3 * latents.std()
