@@ -1,8 +1,8 @@
-"""Trains the demo's base model from scratch: a very small Stable Diffusion for 64-pixel faces.
+"""Trains the demo's next base model from scratch: a very small Stable Diffusion for 128-pixel faces.
 
-`python demo/train_base.py` renders the pictures, trains VAE, text encoder and UNet, and writes a diffusers
-folder to `demo/base/`. It has Stable Diffusion 1.5's block structure, so its LoRA has the same 128 modules.
-Interrupted? The same command continues. The work folder `demo/.work/` can be deleted afterwards.
+`python demo/train_base.py` renders the pictures, trains VAE, text encoder and UNet, and writes a diffusers folder to
+`demo/base128/`. It has Stable Diffusion 1.5's block structure, so its LoRA has the same 128 modules, and its VAE
+reduces eightfold. Interrupted? The same command continues. The work folder `demo/.work/` can be deleted afterwards.
 """
 
 import argparse
