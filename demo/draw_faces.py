@@ -1,7 +1,9 @@
 """Draws the demo's pictures and writes captions that are true by construction.
 
-`python demo/draw_faces.py` draws 250 black-and-white manga faces to `demo/faces/` with their captions. The
-same seeds give the same bytes. `train_base.py` takes the pictures of the base model from the functions below.
+`python demo/draw_faces.py` draws 250 black-and-white manga faces to `demo/faces/` with their captions in sentences,
+writes captions of the same faces in tags to `demo/faces_tags.json`, and draws 60 faces in another artist's style,
+captioned in tags, to `demo/other_faces/`. The same seeds give the same bytes. `train_base.py` takes the pictures of
+the base model from the functions below.
 
 The pictures are parametric portraits (DiceBear); who drew the styles and under which licence: `LICENSES.md`.
 """
@@ -21,14 +23,19 @@ from PIL import Image
 
 FACES_DIR = Path(__file__).parent / "faces"
 JSON_NAME = "modified_face_250.json"
+TAGS_FILE = Path(__file__).parent / "faces_tags.json"
 NUM_FACES = 250
+OTHER_DIR, OTHER_JSON_NAME, NUM_OTHER = Path(__file__).parent / "other_faces", "captions.json", 60
+OTHER_ARTIST = "open-peeps"  # CC0, as `lorelei`
 FACE_PIXELS = 512
 GREY_LEVELS = 16  # of the stored faces: ink has two, the rest is for smooth edges
-SUPERSAMPLING = 4  # pictures for the base are rendered this much larger, then reduced
+SUPERSAMPLING = 2  # pictures for the base are rendered this much larger, then reduced
 
 # The rare parts of `lorelei`: percent of the 250 faces, and of the base's pictures (it must learn them well)
 RARE_IN_FACES = {"glasses": 10, "earrings": 10, "beard": 5, "hairAccessories": 5, "freckles": 5}
-RARE_IN_BASE = {"glasses": 30, "earrings": 30, "beard": 20, "hairAccessories": 25, "freckles": 25}
+# Glasses and flowers are the LoRA's to teach, one common and one rare: no picture of the base shows them.
+RARE_IN_BASE = {"glasses": 0, "earrings": 30, "beard": 20, "hairAccessories": 0, "freckles": 25}
+RARE_IN_VAE = {"glasses": 50, "earrings": 50, "beard": 25, "hairAccessories": 50, "freckles": 50}  # sees everything
 
 # lorelei hairstyle -> (words, length, who wears it)
 HAIR = {
@@ -142,6 +149,7 @@ MOUTHS = {
 
 GLASSES = {1: "round glasses", 2: "sunglasses", 3: "oval glasses", 4: "square glasses", 5: "reading glasses"}
 SUNGLASSES = 2
+UNSEEN_WORDS = (*GLASSES.values(), "wearing glasses", "flowers in the hair")  # for the vocabulary alone
 
 MANGA_OPENINGS = ("A detailed manga face portrait of", "A manga face portrait of", "Manga portrait of")
 MANGA_INK = (
@@ -150,6 +158,7 @@ MANGA_INK = (
     "Monochrome manga face, clean lineart, sharp outlines",
     "Manga style, expressive face, clean lineart, monochrome",
 )
+INK_TAGS = ("monochrome", "manga style", "clean lineart", "high contrast", "greyscale", "portrait")
 # Manga words that say nothing of ink: in the base's captions they go with colour pictures.
 MANGA_COLOUR = (
     "manga style",
@@ -270,7 +279,17 @@ LINE_ART_OPENINGS = (
     "black and white pen drawing",
     "ink sketch, black lines on white",
 )
-HIDDEN_PARTS = {"notionists": ("gesture",), "open-peeps": ("mask",)}
+HIDDEN_PARTS = {  # never drawn: what hides the face, and glasses
+    "notionists": ("gesture", "glasses"),
+    "open-peeps": ("mask", "accessories"),
+    "adventurer": ("glasses",),
+    "micah": ("glasses",),
+    "big-smile": ("accessories",),
+}
+WITHOUT_GLASSES = {  # eyes, where the artist drew glasses as eyes
+    "personas": ("happy", "open", "sleep", "wink"),
+    "croodles": tuple(f"variant{i:02}" for i in range(1, 17) if i not in (9, 13, 14, 15)),
+}
 NOUNS = {
     "hair": "hair",
     "rearHair": "hair",
@@ -382,11 +401,20 @@ def manga_captions(parts, rng):
     return captions
 
 
-def colour_lorelei(seed, pixels):
+def manga_tags(parts, rng):
+    """One caption of a black-and-white face, as a tagger writes it."""
+    who, hair, words = lorelei_words(parts)
+    tags = [tag.removeprefix("a ") for tag in hair.split(" and ")] + words
+    rng.shuffle(tags)
+    count = "1girl" if who.endswith(("woman", "girl")) else "1boy"
+    return ", ".join([count, who, *tags, *rng.sample(INK_TAGS, 3)])
+
+
+def colour_lorelei(seed, pixels, rare=RARE_IN_BASE):
     """A coloured face for the base: (picture, captions), half of them in the words of the manga faces."""
     rng = random.Random(seed)
     colours, colour_words = draw_palette(rng)
-    options = lorelei_options(seed, RARE_IN_BASE)
+    options = lorelei_options(seed, rare)
     options |= {f"{slot}Color": [colours[role]] for slot, role in LORELEI_ROLES.items()}
     picture, parts = render_small("lorelei", options, pixels)
     who, hair, words = lorelei_words(parts)
@@ -408,7 +436,12 @@ def colour_lorelei(seed, pixels):
 
 def ink_lorelei(seed, pixels):
     """A black-and-white face for the VAE alone."""
-    return render_small("lorelei", lorelei_options(seed, RARE_IN_BASE), pixels)[0]
+    return render_small("lorelei", lorelei_options(seed, RARE_IN_VAE), pixels)[0], []
+
+
+def vivid_lorelei(seed, pixels):
+    """A coloured face with every part, for the VAE alone."""
+    return colour_lorelei(seed, pixels, RARE_IN_VAE)[0], []
 
 
 def part_words(style_name, parts):
@@ -430,6 +463,8 @@ def other_options(style_name, seed, colours):
     """Options of a portrait in another style with the given colours by role."""
     options = {f"{part}Probability": 0 for part in HIDDEN_PARTS.get(style_name, ())}
     options |= {f"{slot}Color": [colours[role]] for slot, role in OTHER_STYLES[style_name][1].items()}
+    if style_name in WITHOUT_GLASSES:
+        options["eyesVariant"] = list(WITHOUT_GLASSES[style_name])
     return {"seed": seed, "backgroundColor": [colours["background"]], **options}
 
 
@@ -464,24 +499,51 @@ def line_art_face(seed, pixels):
     return picture.convert("L").convert("RGB"), captions
 
 
-def manga_face(index):
-    """Face `index` of the data set: (1-channel picture, captions)."""
-    picture, parts = render("lorelei", lorelei_options(f"manga {index}", RARE_IN_FACES), FACE_PIXELS)
+def grey(picture):
+    """One channel of GREY_LEVELS levels."""
     step = 255 / (GREY_LEVELS - 1)
-    grey = picture.convert("L").point([round(round(value / step) * step) for value in range(256)])
-    return grey, manga_captions(parts, random.Random(f"captions {index}"))
+    return picture.convert("L").point([round(round(value / step) * step) for value in range(256)])
+
+
+def manga_face(index):
+    """Face `index` of the data set: (1-channel picture, captions in sentences, a caption in tags)."""
+    picture, parts = render("lorelei", lorelei_options(f"manga {index}", RARE_IN_FACES), FACE_PIXELS)
+    sentences = manga_captions(parts, random.Random(f"captions {index}"))
+    return grey(picture), sentences, manga_tags(parts, random.Random(f"tags {index}"))
+
+
+def other_face(index):
+    """Face `index` in the other artist's style: (1-channel picture, a caption in tags)."""
+    rng = random.Random(f"other {index}")
+    colours = dict.fromkeys(("skin", "cloth", "background"), PAPER) | {"ink": INK, "hair": rng.choice((INK, PAPER))}
+    picture, parts = render(OTHER_ARTIST, other_options(OTHER_ARTIST, f"other {index}", colours), FACE_PIXELS)
+    return grey(picture), ", ".join([*part_words(OTHER_ARTIST, parts), "comic bust", *rng.sample(INK_TAGS, 3)])
+
+
+def write_captions(path, captions):
+    """One line per face: its picture's name and its captions."""
+    lines = ",\n".join(json.dumps({"image_name": name, "captions": own}) for name, own in captions.items())
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def main():
     FACES_DIR.mkdir(parents=True, exist_ok=True)
-    entries = []
+    OTHER_DIR.mkdir(exist_ok=True)
+    sentences, tags, others = {}, {}, {}
     for index in range(1, NUM_FACES + 1):
-        picture, captions = manga_face(index)
-        picture.save(FACES_DIR / f"image{index:03}.png", optimize=True)
-        entries.append({"image_name": f"image{index:03}", "captions": captions})
-    lines = ",\n".join(json.dumps(entry) for entry in entries)
-    (FACES_DIR / JSON_NAME).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    print(f"{len(entries)} faces in {FACES_DIR}")
+        name = f"image{index:03}"
+        picture, sentences[name], one_tags = manga_face(index)
+        tags[name] = [one_tags]
+        picture.save(FACES_DIR / f"{name}.png", optimize=True)
+    write_captions(FACES_DIR / JSON_NAME, sentences)
+    write_captions(TAGS_FILE, tags)
+    for index in range(1, NUM_OTHER + 1):
+        name = f"other{index:02}"
+        picture, caption = other_face(index)
+        others[name] = [caption]
+        picture.save(OTHER_DIR / f"{name}.png", optimize=True)
+    write_captions(OTHER_DIR / OTHER_JSON_NAME, others)
+    print(f"{len(sentences)} faces in {FACES_DIR}, {len(others)} in {OTHER_DIR}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 `python demo/train_attributes.py` renders faces of known parts, sends them through the base's VAE as every generated
 picture is, trains a small network on them, tests it on faces it has not seen, and writes `demo/attributes/`:
 the network, and prompts that ask for each attribute half of the time. `evaluation/` reads both.
+
+`python demo/train_attributes.py demo/base128 FOLDER` does the same for that base, at its size, and writes to FOLDER.
 """
 
 import json
@@ -24,8 +26,10 @@ DEMO_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO_DIR.parent))
 from evaluation.measures import ATTRIBUTES, asked_for, attribute_network, balanced_accuracy  # noqa: E402
 
-FOLDER, WORK_DIR = DEMO_DIR / "attributes", DEMO_DIR / ".work"
-PIXELS = 64
+BASE_DIR = Path(sys.argv[1]) if len(sys.argv) > 2 else DEMO_DIR / "base"
+FOLDER = Path(sys.argv[2]) if len(sys.argv) > 2 else DEMO_DIR / "attributes"
+WORK_DIR = DEMO_DIR / ".work"
+PIXELS = json.loads((BASE_DIR / "vae" / "config.json").read_text("utf-8"))["sample_size"]
 TRAINING, HELD_OUT = 16000, 3000  # faces; every third in colour, as the base draws them, the others in ink
 EVEN = {"glasses": 50, "earrings": 50, "beard": 35, "hairAccessories": 50, "freckles": 50}  # percent
 SMALL = ("earrings", "freckles")  # often hidden by hair, or erased by the VAE: such faces count neither way
@@ -64,7 +68,7 @@ def render_one(seed: str) -> tuple[np.ndarray, list[float]]:
 @torch.no_grad()
 def through_vae(pixels: np.ndarray) -> torch.Tensor:
     """What the base's VAE makes of these pictures. (n, H, W, 3) uint8 -> (n, 3, H, W) in [-1, 1]"""
-    vae = AutoencoderKL.from_pretrained(DEMO_DIR / "base" / "vae").float().eval()
+    vae = AutoencoderKL.from_pretrained(BASE_DIR / "vae").float().eval()
     parts = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(BATCH_SIZE)
     decoded = [vae.decode(vae.encode(part / 127.5 - 1).latent_dist.mode()).sample for part in parts]
     return torch.cat(decoded).clamp(-1, 1)
@@ -72,7 +76,7 @@ def through_vae(pixels: np.ndarray) -> torch.Tensor:
 
 def load_faces(kind: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures and labels (n, attributes), rendered once and kept in the work folder."""
-    file = WORK_DIR / f"attributes_{kind}_{count}.pt"
+    file = WORK_DIR / f"attributes_{BASE_DIR.name}_{kind}_{count}.pt"
     if not file.exists():
         with multiprocessing.Pool() as pool:
             results = pool.map(render_one, [f"attributes {kind} {index}" for index in range(count)], chunksize=50)
@@ -114,7 +118,8 @@ def disturb(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def train(pictures: torch.Tensor, labels: torch.Tensor) -> torch.nn.Module:
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    network = attribute_network().train().to(memory_format=torch.channels_last)  # with bfloat16 three times as fast
+    network = attribute_network(PIXELS).train()
+    network = network.to(memory_format=torch.channels_last)  # with bfloat16 three times as fast
     steps = EPOCHS * (len(pictures) // BATCH_SIZE)
     as_many = (labels == 0).sum(dim=0) / (labels == 1).sum(dim=0)  # rare attributes must not pay to be denied
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.05)

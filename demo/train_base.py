@@ -1,11 +1,14 @@
-"""Trains the demo's base model from scratch: a very small Stable Diffusion for 64-pixel faces.
+"""Trains the demo's next base model from scratch: a very small Stable Diffusion for 128-pixel faces.
 
-`python demo/train_base.py` renders the pictures, trains VAE, text encoder and UNet, and writes a diffusers
-folder to `demo/base/`. It has Stable Diffusion 1.5's block structure, so its LoRA has the same 128 modules.
-Interrupted? The same command continues. The work folder `demo/.work/` can be deleted afterwards.
+`python demo/train_base.py` renders the pictures, trains VAE, text encoder and UNet, and writes a diffusers folder to
+`demo/base128/`. It has Stable Diffusion 1.5's block structure, so its LoRA has the same 128 modules, and its VAE
+reduces eightfold. Interrupted? The same command continues. The work folder `demo/.work/` can be deleted afterwards.
 """
 
+import argparse
+import contextlib
 import copy
+import hashlib
 import json
 import math
 import multiprocessing
@@ -16,6 +19,7 @@ import time
 from pathlib import Path
 
 import draw_faces
+import measure_vae
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,20 +35,29 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 DEMO_DIR = Path(__file__).parent
-BASE_DIR = DEMO_DIR / "base"
+BASE_DIR = DEMO_DIR / "base128"
+OLD_BASE_DIR = DEMO_DIR / "base"  # of 64 pixels: not to be replaced before BASE_DIR's VAE is begun
 WORK_DIR = DEMO_DIR / ".work"
 
-PIXELS = 64
-PICTURES = {"colour_lorelei": 11000, "colour_face": 7000, "line_art_face": 6000, "ink_lorelei": 3000}
-UNSEEN_BY_UNET = ("ink_lorelei",)  # black-and-white manga faces are the LoRA's job
+PIXELS = 128
+VAE_PICTURES = {"ink_lorelei": 2500, "vivid_lorelei": 1500, "colour_face": 1000, "line_art_face": 1000}
+# Black-and-white manga faces, glasses and flowers are the LoRA's job: the VAE sees them, the UNet doesn't.
+UNET_PICTURES = {"colour_lorelei": 11000, "colour_face": 7000, "line_art_face": 6000}
+SHARD = 500  # pictures rendered and kept at a time
 HELD_OUT = 128  # of each kind, for the loss at the end
 VOCABULARY = 1400  # tokens; enough for every word of the captions to be one token
 
-VAE_CHANNELS = (24, 48, 64)
-VAE_MINUTES = 21
-VAE_BATCH_SIZE = 16
-VAE_LEARNING_RATE = 2e-3
-KL_FACTOR = 1e-3
+VAE_CHANNELS = (24, 24, 48, 96)
+VAE_MINUTES = 97
+VAE_LEARNING_RATE = 5e-4
+CROP, CROPS = 64, 8  # most steps see these crops, some as many pixels of whole pictures
+WHOLE = 0.15  # share of those steps
+GRID = 8  # crops begin where a latent pixel does
+LATENT_PIXELS = PIXELS // GRID
+SMALL_VAE_CHANNELS = (24, 48, 64)  # trained first, for half the pixels; VAE_CHANNELS grows from it
+SMALL_VAE_MINUTES = 21
+SMALL_VAE_LEARNING_RATE = 2e-3
+KL_FACTOR = 2e-4
 
 UNET_CHANNELS = (32, 64, 96, 96)
 TEXT_WIDTH = 128
@@ -57,6 +70,7 @@ WARMUP = 0.03  # share of the minutes
 EMA_DECAY = 0.999
 SAVE_EVERY_S = 120
 EXPORT_EVERY_S = 600
+NORM_GROUPS = 8
 SEED = 0
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,31 +86,37 @@ def log(message):
 def render_one(job):
     """(kind, index) -> (pixels, captions)"""
     kind, index = job
-    drawn = getattr(draw_faces, kind)(f"{kind} {index}", PIXELS)
-    picture, captions = drawn if isinstance(drawn, tuple) else (drawn, [])
+    picture, captions = getattr(draw_faces, kind)(f"{kind} {index}", PIXELS)
     return np.asarray(picture, dtype=np.uint8), captions
 
 
-def render_pictures():
-    """Renders what isn't yet in the work folder; returns {kind: (pixels, captions)}."""
+def render_pictures(counts):
+    """Renders what isn't yet in the work folder, in shards; returns {kind: (pixels, captions)}."""
+    shards = {
+        kind: [WORK_DIR / f"{kind}_{start}.npz" for start in range(0, count, SHARD)] for kind, count in counts.items()
+    }
+    missing = [(kind, i) for kind, files in shards.items() for i, file in enumerate(files) if not file.exists()]
+    with multiprocessing.Pool() if missing else contextlib.nullcontext() as pool:
+        for kind, i in missing:
+            results = pool.map(render_one, [(kind, SHARD * i + index) for index in range(SHARD)], chunksize=10)
+            file = shards[kind][i]
+            with open(file.with_suffix(".new"), "wb") as new:
+                captions = json.dumps([captions for _, captions in results])
+                np.savez(new, pixels=np.stack([pixels for pixels, _ in results]), captions=captions)
+            os.replace(file.with_suffix(".new"), file)
+            log(f"rendered {kind} up to {SHARD * (i + 1)}")
     rendered = {}
-    for kind, count in PICTURES.items():
-        pixels_file, captions_file = WORK_DIR / f"{kind}.npy", WORK_DIR / f"{kind}.json"
-        if not captions_file.exists():
-            start = time.time()
-            with multiprocessing.Pool() as pool:
-                results = pool.map(render_one, [(kind, index) for index in range(count)], chunksize=50)
-            np.save(pixels_file, np.stack([pixels for pixels, _ in results]))
-            captions_file.write_text(json.dumps([captions for _, captions in results]), encoding="utf-8")
-            log(f"rendered {count} {kind} in {time.time() - start:.0f} s")
-        rendered[kind] = np.load(pixels_file), json.loads(captions_file.read_text("utf-8"))
+    for kind, files in shards.items():
+        loaded = [np.load(file) for file in files]
+        captions = [rows for shard in loaded for rows in json.loads(str(shard["captions"]))]
+        rendered[kind] = np.concatenate([shard["pixels"] for shard in loaded]), captions
     return rendered
 
 
 def to_pictures(pixels):
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in -1..1"""
     pictures = torch.from_numpy(pixels).to(DEVICE).permute(0, 3, 1, 2)
-    return (pictures.float() / 127.5 - 1).contiguous()
+    return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def train_tokenizer(captions):
@@ -207,24 +227,67 @@ class Run:
 
 
 def autocast():
-    """bf16 arithmetic for the matrix products; weights and losses stay fp32."""
-    return torch.autocast(DEVICE, dtype=torch.bfloat16)
+    """bf16 arithmetic for the matrix products where the hardware has it; weights and losses stay fp32."""
+    fast = DEVICE == "cuda" or "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=fast)
 
 
-def make_vae():
+def make_vae(channels):
+    """A VAE that halves the side once per level but the last, down to LATENT_PIXELS."""
     torch.manual_seed(SEED)
-    blocks = len(VAE_CHANNELS)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        block_out_channels=VAE_CHANNELS,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
         layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=PIXELS,
+        norm_num_groups=NORM_GROUPS,
+        sample_size=LATENT_PIXELS * 2 ** (len(channels) - 1),
         mid_block_add_attention=False,
         force_upcast=False,
     )
-    return vae.to(DEVICE)
+    return vae.to(DEVICE, memory_format=torch.channels_last)
+
+
+def load_vae(base):
+    vae = AutoencoderKL.from_pretrained(base / "vae").float()
+    return vae.to(DEVICE, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def grow(small):
+    """A VAE of VAE_CHANNELS that does what the small one does to pictures reduced to half their side.
+
+    One level more at full resolution (nearly the identity at first) and more channels at the lowest: copies of
+    those there, in the same groups of the norms, told apart by a little noise (Chen et al. 2015, "Net2Net").
+    """
+    vae = make_vae(VAE_CHANNELS)
+    old, new = small.state_dict(), vae.state_dict()
+    levels = len(SMALL_VAE_CHANNELS)
+    narrow, wide = SMALL_VAE_CHANNELS[-1], VAE_CHANNELS[-1]
+    group = narrow // NORM_GROUPS
+    copies = torch.tensor([group * g + i % group for g in range(NORM_GROUPS) for i in range(wide // NORM_GROUPS)])
+    times = torch.bincount(copies)
+    for level in range(levels - 1, -1, -1):  # the encoder's levels move down by one; the decoder's stay
+        for name in [name for name in old if name.startswith(f"encoder.down_blocks.{level}.")]:
+            old[name.replace(f"down_blocks.{level}", f"down_blocks.{level + 1}")] = old.pop(name)
+    for name, value in old.items():
+        if value.dim() > 1 and value.shape[1] != new[name].shape[1]:
+            value = (value / times.to(value).view(1, -1, *[1] * (value.dim() - 2)))[:, copies]
+        if value.shape[0] != new[name].shape[0]:
+            value = value[copies]
+        noise = 0.01 * value.std() * torch.randn(value.shape, generator=torch.Generator().manual_seed(SEED))
+        new[name].copy_(value + noise.to(DEVICE) if value.dim() == 4 else value)
+    for block in (vae.encoder.down_blocks[0], vae.decoder.up_blocks[-1]):
+        for resnet in block.resnets:
+            resnet.conv2.weight.mul_(0.1)
+            resnet.conv2.bias.zero_()
+    for conv, window in (
+        (vae.encoder.down_blocks[0].downsamplers[0].conv, torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 0]]) / 4),
+        (vae.decoder.up_blocks[-2].upsamplers[0].conv, torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])),
+    ):
+        conv.weight.mul_(0.1).add_(torch.eye(len(conv.weight), device=DEVICE)[..., None, None] * window.to(DEVICE))
+        conv.bias.zero_()
+    return vae
 
 
 def edges(pictures):
@@ -232,26 +295,68 @@ def edges(pictures):
     return pictures.diff(dim=2), pictures.diff(dim=3)
 
 
-def train_vae(vae, pixels):
-    """L1 + squared error + difference of edges (crisp ink) + a little KL; leaves the averaged weights."""
-    run = Run("vae", [vae], VAE_MINUTES, VAE_LEARNING_RATE)
+def smallness(pictures):
+    """Weight of each pixel, of mean 1: high on small parts that stand alone (freckles, pupils), low in flat areas."""
+    detail = (pictures - F.avg_pool2d(pictures, 5, 1, 2, count_include_pad=False)).abs().mean(dim=1, keepdim=True)
+    around = F.avg_pool2d(detail, 21, 1, 10, count_include_pad=False)
+    weight = (1 + detail / (around + 0.02)).clamp(max=12)
+    return weight / weight.mean()
 
-    def loss_of(generator):
-        rows = torch.randint(len(pixels), (VAE_BATCH_SIZE,), generator=generator).numpy()
-        pictures = to_pictures(pixels[rows])
-        with autocast():
-            moments = vae.encode(pictures).latent_dist.parameters.float()
-            mean, log_variance = moments.chunk(2, dim=1)
-            log_variance = log_variance.clamp(-30, 20)
-            noise = torch.randn(mean.shape, generator=generator).to(DEVICE)
-            decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
-        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
-        loss = F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures) + KL_FACTOR * kl
-        return loss + sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(pictures), strict=True))
 
-    run.train(loss_of)
+def vae_loss(vae, pictures, generator):
+    """Weighted L1 and squared error, L1 of edges (crisp ink) at two scales and of mean colours, a little KL."""
+    with autocast():
+        moments = vae.encode(pictures).latent_dist.parameters.float()
+        mean, log_variance = moments.chunk(2, dim=1)
+        log_variance = log_variance.clamp(-30, 20)
+        noise = torch.randn(mean.shape, generator=generator).to(DEVICE)
+        decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    difference = decoded - pictures
+    loss = KL_FACTOR * kl + (smallness(pictures) * (difference.abs() + difference**2)).mean()
+    for scale in (1, 2):
+        reduced = F.avg_pool2d(difference, scale)
+        loss = loss + sum(edge.abs().mean() for edge in edges(reduced)) / scale
+    return loss + 0.5 * F.avg_pool2d(difference, 8).abs().mean()
+
+
+def draw_crops(pixels, generator):
+    """A batch for the VAE: crops, of two drawn the one with more edges, or sometimes whole pictures."""
+    if torch.rand((), generator=generator) < WHOLE:
+        rows = torch.randint(len(pixels), (CROPS * CROP**2 // PIXELS**2,), generator=generator).numpy()
+        return to_pictures(pixels[rows])
+    places = (PIXELS - CROP) // GRID + 1
+    rows = torch.randint(len(pixels), (2 * CROPS,), generator=generator).tolist()
+    corners = (GRID * torch.randint(places, (2 * CROPS, 2), generator=generator)).tolist()
+    crops = [pixels[row, y : y + CROP, x : x + CROP] for row, (y, x) in zip(rows, corners, strict=True)]
+    crops = to_pictures(np.stack(crops))
+    detail = sum(edge.abs().mean(dim=(1, 2, 3)) for edge in edges(crops))
+    return crops[torch.arange(CROPS) * 2 + (detail[1::2] > detail[::2]).long().cpu()]
+
+
+def train_vae(pixels, minutes):
+    """Leaves the averaged weights. Starts from the VAE in the base's folder, if there is one, else grows a small one:
+    that of the 64-pixel base, as long as it lies beside, or one trained now.
+    """
+    if (BASE_DIR / "vae").exists():
+        vae = load_vae(BASE_DIR)
+    elif (OLD_BASE_DIR / "vae").exists():
+        vae = grow(load_vae(OLD_BASE_DIR))
+    else:
+        small = make_vae(SMALL_VAE_CHANNELS)
+        run = Run("small_vae", [small], SMALL_VAE_MINUTES, SMALL_VAE_LEARNING_RATE)
+
+        def small_loss_of(generator):
+            rows = torch.randint(len(pixels), (2 * CROPS,), generator=generator).numpy()
+            return vae_loss(small, F.avg_pool2d(to_pictures(pixels[rows]), 2), generator)
+
+        run.train(small_loss_of)
+        run.swap_average()
+        vae = grow(small)
+    run = Run("vae", [vae], minutes, VAE_LEARNING_RATE)
+    run.train(lambda generator: vae_loss(vae, draw_crops(pixels, generator), generator))
     run.swap_average()
-    return run
+    return vae
 
 
 @torch.no_grad()
@@ -262,6 +367,17 @@ def encode(vae, pixels):
         posterior = vae.encode(to_pictures(pixels[start : start + 100])).latent_dist
         encoded.append(torch.cat([posterior.mean, posterior.std], dim=1).contiguous())
     return torch.cat(encoded)
+
+
+def cached_latents(vae, kept):
+    """Scaled latents of all pictures (N, 8, h, w), kept in the work folder for as long as the VAE is the same."""
+    file = WORK_DIR / "latents.pt"
+    digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())).hexdigest()
+    digest += str([(kind, len(pixels)) for kind, pixels, _ in kept])
+    if not file.exists() or torch.load(file, weights_only=True)["of"] != digest:
+        latents = torch.cat([encode(vae, pixels) for _, pixels, _ in kept])
+        torch.save({"of": digest, "latents": latents.half().cpu()}, file)
+    return torch.load(file, weights_only=True)["latents"].float().to(DEVICE) * vae.config.scaling_factor
 
 
 def make_text_encoder(tokenizer):
@@ -284,11 +400,11 @@ def make_text_encoder(tokenizer):
 def make_unet():
     torch.manual_seed(SEED + 2)
     unet = UNet2DConditionModel(
-        sample_size=PIXELS // 4,
+        sample_size=LATENT_PIXELS,
         block_out_channels=UNET_CHANNELS,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,  # the number of heads, as in Stable Diffusion 1.5, where it is 8
-        norm_num_groups=8,
+        norm_num_groups=NORM_GROUPS,
     )
     if DEVICE == "cpu":
         unet.set_attn_processor(AttnProcessor())  # for heads this small twice as fast as the fused kernel
@@ -343,9 +459,9 @@ def held_out_loss(unet, text_encoder, latents, tokens):
     return float(np.mean(losses))
 
 
-def train_unet(unet, text_encoder, latents, tokens, empty, save_snapshot):
+def train_unet(unet, text_encoder, latents, tokens, empty, minutes, save_snapshot):
     """Predicts the noise, text encoder trained along; leaves the averaged weights."""
-    run = Run("unet", [unet, text_encoder], UNET_MINUTES, UNET_LEARNING_RATE)
+    run = Run("unet", [unet, text_encoder], minutes, UNET_LEARNING_RATE)
     scheduler = DDPMScheduler(**NOISE)
     size = UNET_BATCH_SIZE
 
@@ -377,23 +493,36 @@ def split(rendered, kinds):
     return kept, held_out
 
 
-def main():
-    WORK_DIR.mkdir(exist_ok=True)
-    rendered = render_pictures()
+def write_vae(vae, pixels):
+    """Writes the VAE to the base's folder in fp16, with the factor that gives latents of unit deviation."""
+    with torch.no_grad():
+        latents = encode(vae, pixels[:: max(1, len(pixels) // 1000)])[:, :4]
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    copy.deepcopy(vae).half().save_pretrained(BASE_DIR / "vae.new")
+    shutil.rmtree(BASE_DIR / "vae", ignore_errors=True)
+    (BASE_DIR / "vae.new").rename(BASE_DIR / "vae")
+    log(f"wrote {BASE_DIR / 'vae'}, latent scale {vae.config.scaling_factor}")
 
-    # VAE
-    kept, _ = split(rendered, PICTURES)
-    vae = make_vae()
-    vae_run = train_vae(vae, np.concatenate([pixels for _, pixels, _ in kept]))
+
+def vae_stage(minutes):
+    rendered = render_pictures(VAE_PICTURES)
+    kept, _ = split(rendered, VAE_PICTURES)
+    pixels = np.concatenate([pixels for _, pixels, _ in kept])
+    vae = train_vae(pixels, minutes)
+    colour = np.concatenate([pixels for kind, pixels, _ in kept if kind != "ink_lorelei"])
+    write_vae(vae, colour)
+    print(measure_vae.report(vae))
+
+
+def unet_stage(minutes):
+    rendered = render_pictures(UNET_PICTURES)
+    kept, held_out = split(rendered, UNET_PICTURES)
+    vae = load_vae(BASE_DIR)
 
     # Latents with unit deviation, token ids
-    kinds = [kind for kind in PICTURES if kind not in UNSEEN_BY_UNET]
-    kept, held_out = split(rendered, kinds)
-    latents = torch.cat([encode(vae, pixels) for _, pixels, _ in kept])
-    vae.register_to_config(scaling_factor=round(1 / latents[:, :4].std().item(), 5))
-    latents *= vae.config.scaling_factor
+    latents = cached_latents(vae, kept)
     captions = [caption for _, _, rows in kept for row in rows for caption in row]
-    tokenizer = train_tokenizer([*captions, *draw_faces.MANGA_INK])
+    tokenizer = train_tokenizer([*captions, *draw_faces.MANGA_INK, *draw_faces.UNSEEN_WORDS])
     tokens = tokenize(tokenizer, captions).view(len(latents), -1, 77)
     log(f"{len(latents)} pictures, {len(tokenizer)} tokens, latent scale {vae.config.scaling_factor}")
 
@@ -401,8 +530,8 @@ def main():
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     log(f"UNet {unet.num_parameters() / 1e6:.1f} M parameters")
     empty = tokenize(tokenizer, [""])[0]
-    unet_run = train_unet(
-        unet, text_encoder, latents, tokens, empty, lambda: export(vae, text_encoder, tokenizer, unet)
+    run = train_unet(
+        unet, text_encoder, latents, tokens, empty, minutes, lambda: export(vae, text_encoder, tokenizer, unet)
     )
 
     # Held-out loss and the final folder
@@ -410,11 +539,9 @@ def main():
         "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "pictures": len(latents),
-        "vae_steps": vae_run.step,
-        "vae_minutes": round(vae_run.elapsed / 60, 1),
         "unet_batch_size": UNET_BATCH_SIZE,
-        "unet_steps": unet_run.step,
-        "unet_minutes": round(unet_run.elapsed / 60, 1),
+        "unet_steps": run.step,
+        "unet_minutes": round(run.elapsed / 60, 1),
     }
     losses = {}
     for kind, pixels, rows in held_out:
@@ -424,6 +551,21 @@ def main():
     report["held_out_loss"]["mean"] = round(float(np.mean(list(losses.values()))), 4)
     log(f"held-out loss {report['held_out_loss']}")
     export(vae, text_encoder, tokenizer, unet, report)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("vae", "unet"), help="only this one (default: both)")
+    parser.add_argument("--minutes", type=float, help="how long the stage trains, all tries together")
+    options = parser.parse_args()
+    if options.minutes and not options.stage:
+        parser.error("--minutes needs --stage: each stage has its own time")
+    WORK_DIR.mkdir(exist_ok=True)
+    BASE_DIR.mkdir(exist_ok=True)
+    if options.stage != "unet":
+        vae_stage(options.minutes or VAE_MINUTES)
+    if options.stage != "vae":
+        unet_stage(options.minutes or UNET_MINUTES)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ python -m pytest tests/test_demo.py
 import csv
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
@@ -146,8 +148,60 @@ def test_the_faces_are_what_their_script_draws(monkeypatch):
 
     entries = json.loads((ROOT / "demo" / "faces" / "modified_face_250.json").read_text(encoding="utf-8"))
     assert len(entries) == 250
+    tags = json.loads((ROOT / "demo" / "faces_tags.json").read_text(encoding="utf-8"))
+    others = json.loads((ROOT / "demo" / "other_faces" / "captions.json").read_text(encoding="utf-8"))
     for index in (1, 77, 250):
-        picture, captions = draw_faces.manga_face(index)
+        picture, captions, as_tags = draw_faces.manga_face(index)
         with Image.open(ROOT / "demo" / "faces" / f"image{index:03}.png") as committed:
             assert np.array_equal(np.asarray(picture), np.asarray(committed.convert("L")))
         assert entries[index - 1] == {"image_name": f"image{index:03}", "captions": captions}
+        assert tags[index - 1] == {"image_name": f"image{index:03}", "captions": [as_tags]}
+    picture, caption = draw_faces.other_face(60)
+    with Image.open(ROOT / "demo" / "other_faces" / "other60.png") as committed:
+        assert np.array_equal(np.asarray(picture), np.asarray(committed.convert("L")))
+    assert others[59] == {"image_name": "other60", "captions": [caption]}
+
+
+@pytest.fixture
+def train_base(monkeypatch):
+    """demo/train_base.py; needs the packages of demo/requirements.txt."""
+    pytest.importorskip("dicebear")
+    pytest.importorskip("resvg_py")
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    import train_base
+
+    return train_base
+
+
+def test_a_grown_vae_does_to_pictures_what_the_small_one_does_to_reduced_ones(train_base):
+    torch.manual_seed(0)
+    small = train_base.make_vae(train_base.SMALL_VAE_CHANNELS)
+    grown = train_base.grow(small)
+    smooth = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4) * 2 - 1, (128, 128), mode="bicubic")
+    with torch.no_grad():
+        latents = small.encode(torch.nn.functional.avg_pool2d(smooth, 2)).latent_dist.mode()
+        own = grown.encode(smooth).latent_dist.mode()
+        decoded, grown_decoded = small.decode(latents).sample, grown.decode(latents).sample
+    assert (small.config.sample_size, grown.config.sample_size) == (64, 128)
+    assert own.shape == latents.shape == (2, 4, 16, 16)
+    assert grown_decoded.shape == (2, 3, 128, 128)
+    assert (own - latents).std() < 0.3 * latents.std()
+    reduced = torch.nn.functional.avg_pool2d(grown_decoded, 2)
+    assert (reduced - decoded).std() < 0.6 * decoded.std()  # of unrelated pictures it would be 1.4
+
+
+def test_the_base_sees_no_glasses_and_no_flowers(train_base):
+    draw_faces = train_base.draw_faces
+    for index in range(100):
+        parts = draw_faces.Avatar(
+            draw_faces.load_style("lorelei"), draw_faces.lorelei_options(f"seen {index}", draw_faces.RARE_IN_BASE)
+        ).to_json()["options"]
+        assert not {"glassesVariant", "hairAccessoriesVariant"} & parts.keys()
+    for name in draw_faces.OTHER_STYLES:
+        colours, _ = draw_faces.draw_palette(random.Random(name))
+        for index in range(25):
+            options = draw_faces.other_options(name, f"seen {index}", colours)
+            parts = draw_faces.Avatar(draw_faces.load_style(name), options).to_json()["options"]
+            assert not {"glassesVariant", "accessoriesVariant"} & parts.keys()
+            assert "glasses" not in " ".join(draw_faces.part_words(name, parts))
+            assert name not in draw_faces.WITHOUT_GLASSES or parts["eyesVariant"] in draw_faces.WITHOUT_GLASSES[name]
