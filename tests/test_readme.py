@@ -27,7 +27,9 @@ LAUNCH_FLAGS = {  # of accelerate launch
     "main_process_port",
 }
 BENCH_FLAGS = {"model", "rows", "steps", "warmup", "stage", "rate", "seeds", "out", "table"}
-OTHER_FLAGS = {"pictures", "lora", "to", "index-url", "help", "record"} | LAUNCH_FLAGS | BENCH_FLAGS  # of other programs
+OTHER_FLAGS = (
+    {"pictures", "lora", "to", "index-url", "help", "record"} | LAUNCH_FLAGS | BENCH_FLAGS
+)  # of other programs
 ORIGINAL_SNIPPET = """\
 from diffusers import StableDiffusionPipeline
 import torch
