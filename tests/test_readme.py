@@ -26,7 +26,7 @@ LAUNCH_FLAGS = {  # of accelerate launch
     "main_process_ip",
     "main_process_port",
 }
-BENCH_FLAGS = {"model", "rows", "steps", "warmup", "stage", "rate", "seeds", "out", "table"}
+BENCH_FLAGS = {"model", "minutes", "rows", "steps", "warmup", "stage", "rate", "seeds", "out", "table"}
 OTHER_FLAGS = (
     {"pictures", "lora", "to", "index-url", "help", "record"} | LAUNCH_FLAGS | BENCH_FLAGS
 )  # of other programs
