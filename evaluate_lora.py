@@ -38,7 +38,7 @@ from evaluation.score import Evaluation
 from train_manga_lora import DEMO, FORMER, TrainingConfig, check_config
 from training.arguments import flag_parser, with_flags
 from training.base_model import load_tokenizer
-from training.bases import check_fits, find_base, find_configs, resolution_unit, use_mirror
+from training.bases import check_fits, find_base, find_configs, resolution_unit, single_file, use_mirror
 from training.layouts import IMAGE_SUFFIXES
 from training.lora_files import find_lora, read_lora
 from training.pictures import read_picture
@@ -83,7 +83,7 @@ def read_run(folder: Path, given: dict) -> tuple[TrainingConfig, str, Path | Non
     if "pretrained_model" in given or "demo" in given:
         return config, str(run.get("data")), None
     if not base.is_dir():  # nothing is downloaded at a file's word, but a single file may have to be converted again
-        if Path(config.pretrained_model).exists():
+        if Path(config.pretrained_model).exists() and single_file(config.pretrained_model):
             return config, str(run.get("data")), None
         remedy = "name it as --pretrained_model, or train again, with --overwrite"
         raise InputError(f"{file}: base={run['base']!r} is no folder any more: {remedy}")

@@ -418,7 +418,8 @@ def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: 
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console that lacks a caption's characters is no reason to stop
+    # A console that lacks a caption's characters is no reason to stop; a log file is to be read while it grows
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(CONFIG, PROCESS_START)
     except (Stop, InputError, CheckpointError) as error:

@@ -435,6 +435,7 @@ def test_real_faces_of_the_other_half_get_nearly_all_and_every_damage_costs_2_po
         assert score.interval("points: score")[1] < real.interval("points: score")[0], name
 
 
+@pytest.mark.long
 def test_five_epochs_of_a_run_come_in_their_order_between_base_and_real_faces(ink, trained):
     scores = [score.score for score in trained.values()]
     assert scores[:4] == sorted(scores[:4]) and scores[0] > 0, scores  # in the last quarter the rate is nearly 0:
