@@ -27,7 +27,7 @@ from evaluation import judge, measures, pictures
 from evaluation.best_epoch import choose_best
 from evaluation.judge import Judge
 from evaluation.measures import ATTRIBUTES, LINE_ART, asked_for, line_art
-from evaluation.score import COSTS, POINTS, Ends, Evaluation, Score, values
+from evaluation.score import COSTS, PLAIN, POINTS, Ends, Evaluation, Score, values
 from train_manga_lora import DEMO, TrainingConfig
 from training.bases import resolution_unit
 from training.pictures import load_image
@@ -471,7 +471,7 @@ def test_a_planted_copy_and_a_mirrored_one_are_named_and_nothing_else_is(ink, tr
     finished, references = trained["finished"], ink.references
     assert finished.copies() == []
     pixels, faces = list(finished.features.pixels), ink.dataset.train
-    originals = [pictures.to_pixels(load_image(*references.cut(ink.dataset, faces[number]))) for number in (17, 42)]
+    originals = [pictures.to_pixels(load_image(*ink.dataset.cut(faces[number]))) for number in (17, 42)]
     pixels[3], pixels[5] = originals[0], np.asarray(ImageOps.mirror(Image.fromarray(originals[1])))
     copied = ink.judge_pictures(pixels)
     assert {copy["face"] for copy in copied.copies()} == {references.names[17], references.names[42]}
@@ -503,7 +503,7 @@ def test_pictures_of_other_prompts_lose_adherence_and_nothing_else(ink, trained)
 
 def test_the_table_shows_every_part_and_the_file_value_points_and_maximum(ink, trained, tmp_path):
     table = ink.write(tmp_path, trained["finished"])
-    for name in (*LINE_ART, *POINTS, *COSTS, *ATTRIBUTES, "score, of", "copies of training faces: 0"):
+    for name in (*PLAIN.values(), *POINTS, *COSTS, *ATTRIBUTES, "score, of", "copies of training faces: 0"):
         assert name in table, name
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     for of in ("base", "lora", "held_out_faces"):
