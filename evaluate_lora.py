@@ -42,6 +42,7 @@ from training.bases import check_fits, find_base, find_configs, resolution_unit,
 from training.layouts import IMAGE_SUFFIXES
 from training.lora_files import find_lora, read_lora
 from training.pictures import read_picture
+from training.run import tune_for
 
 # The constants that a score depends on, or that its making needs: these are flags here
 SETTINGS = ("dataset_dir", "json_file", "pretrained_model", "clip_skip", "resolution", "framing", "trim_frames")
@@ -158,7 +159,9 @@ def main(arguments: list[str]) -> None:
     dataset.make_texts(load_tokenizer(base))
     print(f"Held against {len(dataset)} faces of {config.dataset_dir}, drawn on {base}; settings of {whose}")
 
-    evaluation = Evaluation(config, dataset, base, torch.device("cuda" if torch.cuda.is_available() else "cpu"), loras)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tune_for(device)
+    evaluation = Evaluation(config, dataset, base, device, loras)
     if drawn:
         score = evaluation.judge_pictures(*drawn)
         print(evaluation.table(score, evaluation.judge_held_out(), f"{folder.name[:20]} ({len(drawn[0])})"))

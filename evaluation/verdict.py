@@ -113,6 +113,8 @@ def is_falling(losses: list[tuple[float, float]]) -> bool:
     losses: (sum of the learning rates so far, validation loss), in order, that before training first.
     """
     total, (_, start), (_, end) = losses[-1][0], losses[0], losses[-1]
+    if not total:  # metrics.csv is gone
+        return False
     half = next(loss for done, loss in losses if done >= total / 2)
     return end < start and half - end > STILL_FALLING * (start - end)
 

@@ -134,6 +134,13 @@ def test_a_run_s_folder_without_the_safetensors_is_scored_by_the_bin(place, aske
     assert asked[0].judged == [Path("out", LORA_FILES[0])]
 
 
+def test_scoring_alone_sets_the_process_as_training_does(place, asked, monkeypatch):
+    tuned = []
+    monkeypatch.setattr(evaluate_lora, "tune_for", tuned.append)
+    evaluate_lora.main(["--lora", "out"])
+    assert tuned == [torch.device("cpu")]
+
+
 def test_any_lora_on_any_faces_takes_the_flags_over_the_constants(place, asked, tiny_base, script):
     words = ["--dataset_dir", "faces", "--pretrained_model", str(tiny_base), "--resolution", "64", "--seed", "3"]
     words += ["--sample_prompts", "one", "two", "--cache_dir", "cache"]

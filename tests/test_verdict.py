@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import run
 
 from evaluation.verdict import Facts, is_falling, moved, two_styles, verdict
 
@@ -71,3 +72,11 @@ def test_a_loss_still_falls_only_if_learning_and_not_the_schedule_ended_it():
     slow = [(0.0, 1.0), *((done, float(np.exp(-done / 500))) for done in rates)]
     worse = [(0.0, 1.0), *((done, 1 + done / 100) for done in rates)]
     assert not is_falling(learning) and is_falling(slow) and not is_falling(worse)
+
+
+def test_a_run_s_last_line_is_its_verdict_made_of_what_the_run_was(tiny_config, capsys):
+    """16 faces to train on, 4 held out; without metrics.csv nothing is said of learning that goes on."""
+    summary = run(tiny_config, num_train_epochs=1, sample_prompts=("a face",), samples_per_prompt=1, sample_steps=1)
+    assert capsys.readouterr().out.rstrip().splitlines()[-1] == summary["verdict"]
+    assert summary["verdict"].startswith(("Too few faces to judge: 4 held out, 8 are needed", "Hardly differs"))
+    assert not is_falling([(0.0, 1.0), (0.0, 0.5), (0.0, 0.2)])

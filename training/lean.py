@@ -27,8 +27,11 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        (weight,) = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.options), *[None] * (2 + len(ctx.options))
+        (weight,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.options
+        x = gradient.new_empty(ctx.shape)  # of which only the shape matters; an expanded one would be copied
+        options = (None, stride, padding, dilation, False, (0, 0), groups, (True, False, False))
+        x_gradient = torch.ops.aten.convolution_backward(gradient, x, weight, *options)[0]
+        return x_gradient, *[None] * (2 + len(ctx.options))
 
 
 class _Again(torch.autograd.Function):
