@@ -228,7 +228,7 @@ class Run:
 
 def autocast():
     """bf16 arithmetic for the matrix products where the hardware has it; weights and losses stay fp32."""
-    fast = DEVICE == "cuda" or "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    fast = DEVICE == "cuda" or "amx_bf16" in Path("/proc/cpuinfo").read_text("utf-8")
     return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=fast)
 
 

@@ -141,7 +141,7 @@ def test_the_printed_python_works_as_it_is_and_draws_with_lora_and_clip_skip(sha
         torch.manual_seed(0)
         expected = pipe("sks style, " + config.sample_prompts[0], num_inference_steps=2).images[0]
         apart = np.abs(np.asarray(expected).astype(int) - np.asarray(Image.open(tmp_path / "face.png"))).max()
-        assert (apart == 0) == is_same, (with_lora, clip_skip, apart)
+        assert (apart <= 2) == is_same, (with_lora, clip_skip, apart)
 
 
 def test_the_prompt_for_a1111_is_printed_where_it_can_load_the_file(shared):
