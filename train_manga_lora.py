@@ -283,7 +283,8 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         # Encode every face and text once; VAE and text encoder are gone before the UNet comes
         with run.main_process_first():
             base = bases.find_base(config.pretrained_model, config.cache_dir, run.log)
-        data = encode(dataset, config, base, run)
+        with run.timing("encode"):
+            data = encode(dataset, config, base, run)
 
         # The UNet, frozen, with LoRA on top: new, or as a checkpoint left it
         model = build_model(config, base, run.device, run.dtype, run.log)
@@ -313,9 +314,11 @@ def train(run: Run, config: TrainingConfig, model: Model, data: Data, state: Tra
         # Before, between and after epochs: validate, keep the epoch if it is good, save; once all is saved, draw
         if state.at_epoch_boundary:
             if not state.is_validated:
-                evaluate(run, config, model, data, state)
+                with run.timing("validate"):
+                    evaluate(run, config, model, data, state)
                 continue
-            draw_samples(run, config, model, data, state.epoch, base)
+            with run.timing("sample"):
+                draw_samples(run, config, model, data, state.epoch, base)
             if run.is_main:
                 write_report(run.output, config, run.log, warnings=run.warnings, history=state.history)
             if state.is_finished(config):

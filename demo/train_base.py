@@ -155,8 +155,8 @@ def learning_rate_at(progress, peak):
 class Run:
     """One stage: weights, their moving average, the optimizer and the time spent, on disk and back.
 
-    The schedule follows the time spent, not the steps: the training ends when it should on any machine, with
-    the learning rate at zero.
+    The schedule follows the time spent, not the steps: the training ends when it should on any machine, with the
+    learning rate at zero. On a CPU it is the time that the threads computed, so that other work only delays it.
     """
 
     def __init__(self, name, modules, minutes, peak_rate):
@@ -191,8 +191,10 @@ class Run:
     def train(self, loss_of, export=None):
         """Steps until the time is spent; `loss_of(generator)` gives the loss of a batch that it draws."""
         losses, saved, exported, logged = [], time.time(), time.time(), time.time()
+        on_cpu = DEVICE == "cpu"
+        clock = (lambda: time.process_time() / torch.get_num_threads()) if on_cpu else time.perf_counter
         while self.elapsed < self.seconds:
-            start = time.time()
+            start = clock()
             rate = learning_rate_at(self.elapsed / self.seconds, self.peak_rate)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -206,7 +208,7 @@ class Run:
                 decay = min(EMA_DECAY, self.step / (self.step + 10))
                 torch._foreach_lerp_(self.average, self.weights, 1 - decay)
             losses.append(loss.item())
-            self.elapsed += time.time() - start
+            self.elapsed += clock() - start
             if time.time() - logged > 20:
                 left = (self.seconds - self.elapsed) / 60
                 pace = 1000 * self.elapsed / self.step
@@ -556,7 +558,7 @@ def unet_stage(minutes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("vae", "unet"), help="only this one (default: both)")
-    parser.add_argument("--minutes", type=float, help="how long the stage trains, all tries together")
+    parser.add_argument("--minutes", type=float, help="how long the stage computes, all tries together")
     options = parser.parse_args()
     if options.minutes and not options.stage:
         parser.error("--minutes needs --stage: each stage has its own time")

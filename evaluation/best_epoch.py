@@ -112,7 +112,8 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     The files are what a user loads, and are scored as such. Without pictures the lowest validation loss decides.
     """
     output, candidates = run.output, _intact_candidates(run.output, state, run.log)
-    epochs, scored, evaluation = list(candidates), {}, None
+    epochs, scored, evaluation, whole = list(candidates), {}, None, None
+    epoch, reason = choose_best(epochs, scored)
     if config.sample_prompts:
         can_score = len(dataset.validation) >= FEWEST
         spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them
@@ -120,17 +121,22 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
         what = "Drawing and scoring" if can_score else "Drawing"
         run.log(f"{what} pictures of the base and epoch {', '.join(map(str, spread))}, with the exported files ...")
 
-        def score(is_sparing: bool) -> tuple[Evaluation, dict[int, Score]]:
+        def score(is_sparing: bool) -> tuple[Evaluation, dict[int, Score], Score, tuple[int, str]]:
+            """The candidates by their portraits, then all pictures of the best one."""
             evaluation = Evaluation(config, dataset, base, run.device, is_sparing=is_sparing)
-            return evaluation, {epoch: evaluation.judge(candidates[epoch] / LORA_FILES[-1]) for epoch in spread}
+            scored = {epoch: evaluation.judge_portraits(candidates[epoch] / LORA_FILES[-1]) for epoch in spread}
+            best, why = choose_best(epochs, {epoch: own for epoch, own in scored.items() if own.score is not None})
+            whole = evaluation.judge(candidates[best] / LORA_FILES[-1], scored[best])
+            return evaluation, scored, whole, (best, why)
 
-        evaluation, scored = sparingly(score, "drawing and scoring", run.device, run.log) or (None, {})
-    epoch, reason = choose_best(epochs, {epoch: score for epoch, score in scored.items() if score.score is not None})
+        with run.timing("score"):
+            found = sparingly(score, "drawing and scoring", run.device, run.log)
+        evaluation, scored, whole, (epoch, reason) = found or (None, {}, None, (epoch, reason))
     if not candidate_epochs(state.history):
         reason = "the last: without held-out faces there is nothing to choose by"
     elif epochs == [state.epoch]:
         reason = "the lowest validation loss, and the last"
-    drawn = examples(evaluation, scored[epoch]) if evaluation else []
+    drawn = examples(evaluation, whole) if evaluation else []
     binary, labelled = ((candidates[epoch] / file).read_bytes() for file in LORA_FILES)
     labelled = with_metadata(labelled, run.labels | {"modelspec.thumbnail": thumbnail(drawn)})  # lora_name may be new
     for file, content in zip(LORA_FILES, (binary, labelled), strict=True):
@@ -140,14 +146,13 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     best |= {name: rows[epoch][name] for name in ("val_loss", "score")}
     best |= {"reason": reason, "candidates": list(rows.values())}
     write_atomic(output / "best.json", json.dumps(best, indent=1).encode())
-    facts = facts_of(config, dataset, state, epoch, learning_rates(output), evaluation, scored)
+    facts = facts_of(config, dataset, state, epoch, learning_rates(output), evaluation, scored | {epoch: whole})
     summary = {"best_epoch": epoch, "best_reason": reason, "verdict": verdict(facts), "still_falling": facts.is_falling}
     summary |= {"score": None, "score_maximum": None, "score_in_words": None}
     if evaluation:
-        run.log(evaluation.write(output, scored[epoch]))
-        summary |= {"score": scored[epoch].score, "score_maximum": scored[epoch].maximum}
-        summary |= {"score_in_words": str(scored[epoch])}
+        run.log(evaluation.write(output, whole))
+        summary |= {"score": whole.score, "score_maximum": whole.maximum, "score_in_words": str(whole)}
     else:
         for name in ("scores.json", "before_after.png"):  # of an earlier end of this run: not of this LoRA
             (output / name).unlink(missing_ok=True)
-    return summary, drawn, (evaluation, output / LORA_FILES[1], scored[epoch]) if evaluation else None
+    return summary, drawn, (evaluation, output / LORA_FILES[1], whole) if evaluation else None

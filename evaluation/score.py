@@ -11,6 +11,7 @@ What is compared are portraits: pictures drawn for the captions of held-out face
 import contextlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -336,7 +337,7 @@ class Evaluation:
     def _captions(self, faces: list[int]) -> list[str]:
         return [self.dataset.texts[self.dataset.first_text[face]] for face in faces]
 
-    def _draw(self, numbers: list[int] | None = None) -> list[np.ndarray]:
+    def _draw(self, numbers: Iterable[int] | None = None) -> list[np.ndarray]:
         """All jobs' pictures, or those of these numbers."""
         jobs, numbers = self.jobs, range(len(self.jobs.prompts)) if numbers is None else numbers
         chosen = ([of_all[number] for number in numbers] for of_all in (jobs.prompts, jobs.seeds, jobs.shapes))
@@ -368,11 +369,20 @@ class Evaluation:
         finally:
             self.pipe.unload_lora_weights()
 
-    def judge(self, lora_file: Path) -> Score:
-        """Draw the prompts with this LoRA file and score the pictures. Raises InputError: see wearing()."""
+    def judge(self, lora_file: Path, drawn: Score | None = None) -> Score:
+        """Draw the prompts with this LoRA file and score the pictures. drawn: what judge_portraits() made of the file.
+
+        Raises InputError: see wearing().
+        """
+        first = drawn.features.pixels if drawn else []
         with self.wearing(lora_file):
-            pixels = self._draw()
-        return self.judge_pictures(pixels)
+            return self.judge_pictures(first + self._draw(range(len(first), len(self.jobs.prompts))))
+
+    def judge_portraits(self, lora_file: Path) -> Score:
+        """The score of the portraits alone: all that is compared with faces, so enough to compare LoRA files by."""
+        with self.wearing(lora_file):
+            pixels = self._draw(range(self.jobs.portraits))
+        return self.judge_pictures(pixels, self.jobs.prompts[: self.jobs.portraits])
 
     def at_strengths(self, lora_file: Path, lora: Score) -> tuple[list[list], list[str], list[str]]:
         """A sheet's first prompt and the first sample prompt with the LoRA at STRENGTHS; for contact_sheet()."""

@@ -20,7 +20,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
     """
     run.bar.close()
     with run.signals_act_at_once(even_if_several=True):  # no process waits for another any more
-        peak_mib = peak_memory_mib(run.device)
+        peak_mib, start = peak_memory_mib(run.device), time.perf_counter()
         if not run.is_main:
             return {}
         prune_candidates(run.output / "candidates", state)  # a run that was killed may not have come to it
@@ -45,10 +45,14 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
             "images_per_s": state.images_seen / max(state.train_seconds, 1e-9),
             "peak_memory_mib": peak_mib,
             "weight_decay_in_all": math.exp(state.total_log_decay),  # what the weights were multiplied by
-            "seconds": time.time() - run.started,
+            "seconds": (seconds := time.time() - run.started),
+            "images_per_s_in_all": (state.images_seen - run.images_before) / seconds,
             "first_step_s": run.first_step_seconds,
             "resumed_from_step": run.resumed_from_step,
         }
+        run.spent["export"] = time.perf_counter() - start - run.spent["score"]
+        run.spent["start"] = max(0.0, summary["seconds"] - sum(run.spent.values()))
+        summary["phases_s"] = {phase: round(seconds, 2) for phase, seconds in run.spent.items()}
         write_share(run, config, drawn, summary)
         use, known = use_it(run, config, base), {"warnings": run.warnings, "history": state.history}
         write_report(run.output, config, run.log, summary["verdict"], use, evaluated, summary=summary, **known)
@@ -75,7 +79,9 @@ def print_summary(summary: dict, config, state: TrainingState, run) -> None:
         run.log(f"Score: {summary['score_in_words']}{ends}")
     run.log(f"Best epoch: {summary['best_epoch']} of {summary['epochs_run']}, {summary['best_reason']}")
     first_step = f", first step after {summary['first_step_s']:.0f} s" if summary["first_step_s"] else ""
-    speed = f"{summary['images_per_s']:.1f} images/s, peak memory {summary['peak_memory_mib']:.0f} MiB"
+    whole = f"{summary['images_per_s_in_all']:.1f} with all else"
+    speed = f"{summary['images_per_s']:.1f} images/s ({whole}), peak memory {summary['peak_memory_mib']:.0f} MiB"
     run.log(f"{speed}, {summary['seconds']:.0f} s in all{first_step}")
+    run.log("Seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in summary["phases_s"].items()))
     run.log(f"Your LoRA: {summary['lora_safetensors']} (the same as .bin beside it)")
     run.log(f"Now look at {run.output / REPORT}")

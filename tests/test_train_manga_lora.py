@@ -151,6 +151,8 @@ def test_the_summary_has_every_promised_field_and_they_agree(finished):
         "val_loss_best",
         "val_ratio",
         "images_per_s",
+        "images_per_s_in_all",
+        "phases_s",
         "peak_memory_mib",
         "seconds",
         "first_step_s",
@@ -164,6 +166,11 @@ def test_the_summary_has_every_promised_field_and_they_agree(finished):
     ):
         assert name in summary, name
     assert (summary["epochs_run"], summary["optimizer_steps"], summary["images_seen"]) == (1, 3, 16)
+    phases = summary["phases_s"]
+    assert list(phases) == ["encode", "train", "validate", "sample", "score", "export", "start"]
+    assert all(seconds > 0 for seconds in phases.values())
+    assert sum(phases.values()) == pytest.approx(summary["seconds"], abs=0.1)
+    assert summary["images_per_s_in_all"] == 16 / summary["seconds"] < summary["images_per_s"]
     assert summary["val_ratio"] == summary["val_loss_best"] / summary["val_loss_start"]
     rows = metrics(config)
     assert [row["step"] for row in rows] == [str(step) for step in (1, 2, 3)]

@@ -19,7 +19,8 @@ from dataset import MangaFaceDataset
 from training.bases import BaseModelError
 from training.encoding import EncodedDataset, send
 
-VALIDATION_STRATA = 8  # timesteps per held-out face
+VALIDATION_STRATA = 4  # timesteps per held-out face
+VALIDATION_FACES = 2  # that pass together
 BAD_LOSS = 0.5  # of a base before training, as a share of predicting 0; Stable Diffusion has about 0.1
 
 
@@ -192,29 +193,40 @@ def validate(
 ) -> tuple[float, float] | None:
     """(mean, its standard error) of the denoising loss over the held-out faces, the same noise every time.
 
-    The first pack of captions, 8 timestep strata per face. The training loss mostly tells which timesteps were drawn;
-    this one moves only when the weights do. Its standard error is that of other faces, not of other noise.
+    The first pack of captions, one timestep from each quarter of the noise schedule per face. The training loss mostly
+    tells which timesteps were drawn; this one moves only when the weights do. Its standard error is that of other
+    faces, not of other noise.
 
     Args:
         process: (rank, number of processes): each takes its share of the faces.
-        is_stopping: asked before each face; once it says yes, None is returned.
+        is_stopping: asked before each pass; once it says yes, None is returned.
         faces: others than those held out.
     """
     faces = faces or dataset.validation
     device, count = encoded.device, len(faces)
     of_faces = torch.zeros(count, dtype=torch.float64)
+    by_shape: dict[tuple, list[int]] = {}
     for position in range(process[0], count, process[1]):
-        if is_stopping():
-            return None
-        face, generator = faces[position], seeded(seed, 4, position)
-        strata = torch.arange(VALIDATION_STRATA) + torch.rand(VALIDATION_STRATA, generator=generator)
-        timesteps = (strata / VALIDATION_STRATA * scheduler.config.num_train_timesteps).long().to(device)
-        mean, _ = encoded.posteriors([face])
-        noise = torch.randn(VALIDATION_STRATA, *mean.shape[1:], generator=generator).to(device)
-        latents = mean.expand_as(noise)
-        text_embeddings = encoded.embeddings([dataset.first_text[face]]).expand(VALIDATION_STRATA, -1, -1)
-        losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
-        of_faces[position] = losses.cpu().double().mean()  # on the CPU: not every device has float64
+        by_shape.setdefault(dataset.faces[faces[position]].shape, []).append(position)
+    for some in by_shape.values():
+        for start in range(0, len(some), VALIDATION_FACES):
+            if is_stopping():
+                return None
+            positions = some[start : start + VALIDATION_FACES]
+            own = [faces[position] for position in positions]
+            latents, _ = encoded.posteriors(own)
+            texts = encoded.embeddings([dataset.first_text[face] for face in own])
+            timesteps, noise = [], []
+            for position in positions:
+                generator = seeded(seed, 4, position)
+                strata = torch.arange(VALIDATION_STRATA) + torch.rand(VALIDATION_STRATA, generator=generator)
+                timesteps.append((strata / VALIDATION_STRATA * scheduler.config.num_train_timesteps).long())
+                noise.append(torch.randn(VALIDATION_STRATA, *latents.shape[1:], generator=generator))
+            latents, texts = (of_face.repeat_interleave(VALIDATION_STRATA, dim=0) for of_face in (latents, texts))
+            timesteps, noise = (torch.cat(drawn).to(device) for drawn in (timesteps, noise))
+            losses = denoising_losses(unet, scheduler, latents, texts, timesteps, noise)
+            losses = losses.cpu().double()  # on the CPU: not every device has float64
+            of_faces[positions] = losses.unflatten(0, (-1, VALIDATION_STRATA)).mean(dim=1)
     of_faces = of_faces.float().to(device)
     sum_over_processes(of_faces)
     of_faces = of_faces.cpu().double()

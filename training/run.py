@@ -31,6 +31,7 @@ from training.files import Interrupted, sha256_of
 
 # Longer than any process lets the others wait while it downloads the base or draws. NCCL would give up after 10 minutes
 PATIENCE = timedelta(hours=12)
+PHASES = ("encode", "train", "validate", "sample", "score", "export")  # of a run; what is left is its start
 REPORTED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")  # whose versions are written
 
 
@@ -54,6 +55,7 @@ class Run:
         self.action, self.is_finished, self.resumes = "new", False, False
         self.bar = self.tensorboard = self.first_step_seconds = None
         self.average_loss = ""  # of the epoch just done, for the screen
+        self.spent = dict.fromkeys(PHASES, 0.0)  # seconds, since this start
         self.signal_number, self.waits, self.others_stop = 0, False, False
 
     def __enter__(self):
@@ -135,7 +137,7 @@ class Run:
 
         Raises Stop(3): the disk can't hold what the run may write.
         """
-        self.waits, self.resumed_from_step, self.base = True, state.step, base
+        self.waits, self.resumed_from_step, self.base, self.images_before = True, state.step, base, state.images_seen
         if self.is_main:
             folder.check_space(self.output, parameters, self.config)
             about = {"base": str(base.resolve()), "device": str(self.device), "command": self.command}
@@ -152,6 +154,15 @@ class Run:
         what = f"{state.total_steps - state.step:,} steps to go"
         self.log(f"Training starts: {what}; all that is made goes to {self.output}, and what is best at the end")
 
+    @contextlib.contextmanager
+    def timing(self, phase: str):
+        """Count the seconds that this takes as spent in one of PHASES; none may lie within another."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[phase] += time.perf_counter() - start
+
     # Steps
 
     def start_clock(self) -> None:
@@ -161,6 +172,7 @@ class Run:
         """Seconds since the last lap."""
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         self.first_step_seconds = self.first_step_seconds or time.time() - self.started
+        self.spent["train"] += seconds
         return seconds
 
     def add_step(self, row: list) -> None:
