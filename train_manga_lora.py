@@ -187,7 +187,7 @@ def apply_decay(weights: torch.Tensor, log_decay: float) -> float:
     epoch's logarithms are summed and applied in float64; the part lost to rounding is carried over to the next epoch.
     """
     before = weights.cpu().double()
-    weights.copy_(before * math.exp(log_decay))
+    weights.copy_((before * math.exp(log_decay)).float())  # not every device has float64
     return log_decay - math.log((before @ weights.cpu().double() / (before @ before)).item())
 
 

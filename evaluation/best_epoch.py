@@ -112,8 +112,7 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     The files are what a user loads, and are scored as such. Without pictures the lowest validation loss decides.
     """
     output, candidates = run.output, _intact_candidates(run.output, state, run.log)
-    epochs, scored, evaluation, whole = list(candidates), {}, None, None
-    epoch, reason = choose_best(epochs, scored)
+    epochs, found = list(candidates), None
     if config.sample_prompts:
         can_score = len(dataset.validation) >= FEWEST
         spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them
@@ -131,7 +130,7 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
 
         with run.timing("score"):
             found = sparingly(score, "drawing and scoring", run.device, run.log)
-        evaluation, scored, whole, (epoch, reason) = found or (None, {}, None, (epoch, reason))
+    evaluation, scored, whole, (epoch, reason) = found or (None, {}, None, choose_best(epochs, {}))
     if not candidate_epochs(state.history):
         reason = "the last: without held-out faces there is nothing to choose by"
     elif epochs == [state.epoch]:

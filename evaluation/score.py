@@ -328,7 +328,7 @@ class Evaluation:
         self.clip = None if config.demo else measures.find_clip(torch.device("cpu") if is_sparing else device)
         self.references = References(dataset, config, vae, folder_identity(base / "vae"), self.clip)
         self.jobs = pictures.evaluation_jobs(dataset, config)
-        self.ends, own = None, self._features(self._draw())
+        self.ends, own = None, self._features(self._draw_all())
         if self.references.judge:
             half = self._features(self.references.half_pixels, self._captions(self.references.half))
             self.ends = Ends(own, half, self.references)
@@ -337,12 +337,18 @@ class Evaluation:
     def _captions(self, faces: list[int]) -> list[str]:
         return [self.dataset.texts[self.dataset.first_text[face]] for face in faces]
 
-    def _draw(self, numbers: Iterable[int] | None = None) -> list[np.ndarray]:
-        """All jobs' pictures, or those of these numbers."""
-        jobs, numbers = self.jobs, range(len(self.jobs.prompts)) if numbers is None else numbers
+    def _draw(self, numbers: Iterable[int]) -> list[np.ndarray]:
+        """The jobs' pictures of these numbers."""
+        jobs, numbers = self.jobs, list(numbers)
         chosen = ([of_all[number] for number in numbers] for of_all in (jobs.prompts, jobs.seeds, jobs.shapes))
         prompts, seeds, shapes = chosen
         return pictures.draw_pictures(self.pipe, {"prompt": prompts}, seeds, shapes, self.config, self.is_sparing)
+
+    def _draw_all(self, portraits: list[np.ndarray] | None = None) -> list[np.ndarray]:
+        """Of all jobs; the portraits apart, as in what passes together results differ by rounding."""
+        count = self.jobs.portraits
+        portraits = self._draw(range(count)) if portraits is None else portraits
+        return portraits + self._draw(range(count, len(self.jobs.prompts)))
 
     def _features(self, pixels: list[np.ndarray], texts: list[str] | None = None, are_prompts: bool = True) -> Features:
         texts, portraits = (self.jobs.prompts, self.jobs.portraits) if texts is None else (texts, len(texts))
@@ -374,9 +380,8 @@ class Evaluation:
 
         Raises InputError: see wearing().
         """
-        first = drawn.features.pixels if drawn else []
         with self.wearing(lora_file):
-            return self.judge_pictures(first + self._draw(range(len(first), len(self.jobs.prompts))))
+            return self.judge_pictures(self._draw_all(drawn and drawn.features.pixels))
 
     def judge_portraits(self, lora_file: Path) -> Score:
         """The score of the portraits alone: all that is compared with faces, so enough to compare LoRA files by."""

@@ -17,10 +17,12 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from evaluation import judge  # noqa: E402
 from lora_layers import inject_lora, lora_modules, lora_parameters  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["SOURCE_DATE_EPOCH"] = "1767225600"  # equal runs give equal files, headers included
+JUDGE_STEPS, judge.STEPS = judge.STEPS, 4  # only tests/test_evaluate.py cares how well it judges: seconds each time
 torch.set_num_threads(1)  # faster for models of this size, and cores may be busy
 
 

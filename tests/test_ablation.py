@@ -152,6 +152,7 @@ def test_rows_are_compared_with_the_baseline_seed_by_seed():
     assert rows["no_decay"]["steps"]["mean"] is None  # never got there
 
 
+@pytest.mark.long
 def test_a_run_trains_with_its_swap_scores_and_is_not_repeated(tiny_base, shared_faces, tmp_path, monkeypatch):
     monkeypatch.setattr(
         trainer,

@@ -539,7 +539,7 @@ def exported(config) -> bytes:
 
 
 @pytest.mark.promise("Interrupted and resumed, a run ends with the same files")
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_run_of_mixed_shapes_resumes_to_the_same_bytes(script, config, tmp_path, monkeypatch, step):
     script.main(config)
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
@@ -588,6 +588,7 @@ def test_a_framing_that_does_not_exist_is_named(script, config):
         script.check_config(dataclasses.replace(config, framing="oblong"))
 
 
+@pytest.mark.long
 def test_two_processes_train_the_same_lora_on_mixed_shapes(script, config, tmp_path):
     """A run of its own each, of six steps; the weights differ by rounding alone."""
     config = dataclasses.replace(config, train_batch_size=2, gradient_accumulation_steps=2)

@@ -43,7 +43,7 @@ EDITS = {
 FAST = [  # a part of every kind of test that looks at the script's constants
     "tests/test_edited_constants.py::test_the_constants_are_the_ones_shipped",
     "tests/test_readme.py",
-    "tests/test_checkpoint.py",
+    "tests/test_checkpoint.py::test_a_finished_run_says_so_and_more_epochs_go_on",
     "tests/test_train_manga_lora.py::test_weight_decay_is_the_original_log_line_and_acts_exactly",
     "tests/test_train_manga_lora.py::test_warmup_then_cosine_equals_the_library_schedule",
     "tests/test_bad_input.py::test_another_runs_output_folder_is_refused_with_all_that_differs",

@@ -72,7 +72,14 @@ def plain_losses(tiny_base, shared_faces):
     return [hundred_losses(tiny_base, shared_faces, seed) for seed in (0, 1)]
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.float16, 0.002), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize(
+    "dtype, most",
+    [
+        (torch.float32, 1e-5),
+        pytest.param(torch.float16, 0.002, marks=pytest.mark.long),
+        pytest.param(torch.bfloat16, 0.01, marks=pytest.mark.long),
+    ],
+)
 def test_a_hundred_train_steps_follow_plain_ones_within_the_noise_of_the_seed(
     tiny_base, shared_faces, plain_losses, dtype, most
 ):
@@ -222,10 +229,12 @@ class Counting(torch.optim.SGD):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        lambda weights: torch.optim.SGD(weights, lr=1.0),
-        lambda weights: torch.optim.SGD(weights, lr=1.0, momentum=0.9, fused=True),
+        pytest.param(lambda weights: torch.optim.SGD(weights, lr=1.0), marks=pytest.mark.long),
+        pytest.param(
+            lambda weights: torch.optim.SGD(weights, lr=1.0, momentum=0.9, fused=True), marks=pytest.mark.long
+        ),
         lambda weights: torch.optim.RMSprop(weights, momentum=0.5),
-        lambda weights: Counting(weights, lr=1.0),
+        pytest.param(lambda weights: Counting(weights, lr=1.0), marks=pytest.mark.long),
     ],
     ids=["sgd", "momentum", "rmsprop", "counting"],
 )

@@ -359,7 +359,11 @@ def test_a_bad_gradient_that_is_read_late_stops_with_its_own_step_and_images(tin
     assert not os.path.exists(os.path.join(config.output_dir, "pytorch_lora_weights.bin"))
 
 
-@pytest.mark.parametrize("mine, step, saved", [(True, 2, 2), (False, 2, 3), (False, 3, 4)])  # 4: an epoch's last
+READ_LATE = [pytest.param(True, 2, 2, marks=pytest.mark.long), pytest.param(False, 2, 3, marks=pytest.mark.long)]
+READ_LATE += [(False, 3, 4)]  # an epoch's last
+
+
+@pytest.mark.parametrize("mine, step, saved", READ_LATE)
 def test_an_interrupt_while_a_step_is_unread_saves_that_step_too(
     tiny_config, uninterrupted, monkeypatch, late, mine, step, saved
 ):
