@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import exported, metrics, run, signal_at_step
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 import evaluate_lora
+import lora_layers
 import train_manga_lora as trainer
 from dataset import MangaFaceDataset
 from evaluation import pictures
@@ -386,3 +390,58 @@ def test_an_interrupt_while_a_step_is_unread_saves_that_step_too(
     assert [row["step"] for row in metrics(config)] == [str(number) for number in range(1, saved + 1)]
     assert run(config)["resumed_from_step"] == saved
     assert (metrics(config), exported(config), exported(config, "last/pytorch_lora_weights.bin")) == uninterrupted
+
+
+# A device without float64, as Apple's GPUs are --------------------------------------------------------------------
+
+
+class NoFloat64(TorchFunctionMode):
+    """Refuses float64 wherever it would be computed on the device.
+
+    Device and host are both the CPU here. On the host is what .cpu() gave, what was made as float64 from nothing, and
+    what is made of such tensors; .to(device) leaves it. All else is on the device.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.on_host = WeakIdKeyDictionary()
+
+    def __torch_function__(self, function, types, given=(), named=None):
+        named = named or {}
+        result = function(*given, **named)
+        words = (*given, *named.values())
+        tensors = [one for one in tree_leaves(words) if isinstance(one, torch.Tensor)]
+        if not isinstance(result, torch.Tensor):
+            return result
+        if function is torch.Tensor.cpu or any(isinstance(one, str) and one == "cpu" for one in words):
+            self.on_host[result] = True
+            return result
+        arrives = function is torch.Tensor.to and any(isinstance(one, torch.device) for one in words)
+        arrives = arrives or (function is torch.Tensor.copy_ and result not in self.on_host)
+        is_host = not arrives and (not tensors or any(one in self.on_host for one in tensors))
+        if not is_host and torch.float64 in (result.dtype, *(one.dtype for one in tensors[-1:] if arrives)):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        if is_host and result.dtype == torch.float64:
+            self.on_host[result] = True
+        return result
+
+
+def test_a_whole_run_asks_no_device_for_float64(tiny_config, monkeypatch):
+    with NoFloat64() as device:
+        read = lora_layers.read_tensors
+
+        def read_to_host(*given):
+            tensors = read(*given)
+            device.on_host.update(dict.fromkeys(tensors.values(), True))
+            return tensors
+
+        monkeypatch.setattr(lora_layers, "read_tensors", read_to_host)
+        summary = run(
+            tiny_config, num_train_epochs=1, sample_prompts=("a face",), sample_steps=1, sample_every_n_epochs=1
+        )
+        for refused in (lambda x: x.double(), lambda x: x.to(torch.float64), lambda x: x.sum(dtype=torch.float64)):
+            with pytest.raises(TypeError, match="float64"):
+                refused(torch.zeros(3).to(torch.device("cpu")))
+        with pytest.raises(TypeError, match="float64"):
+            torch.zeros(3).copy_(torch.zeros(3, dtype=torch.float64))
+    assert summary["optimizer_steps"] == 2
