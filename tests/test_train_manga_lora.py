@@ -414,6 +414,7 @@ class NoFloat64(TorchFunctionMode):
         if not isinstance(result, torch.Tensor):
             return result
         if function is torch.Tensor.cpu or any(isinstance(one, str) and one == "cpu" for one in words):
+            result = result.clone() if result is given[0] else result
             self.on_host[result] = True
             return result
         arrives = function is torch.Tensor.to and any(isinstance(one, torch.device) for one in words)
