@@ -13,7 +13,7 @@ demo: .venv/installed
 test: .venv/installed-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(VENV_PYTHON) -m pytest -n auto --dist loadfile
+	$(VENV_PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/installed-tests
 	$(VENV_PYTHON) -m pytest -m "long and not promise"

@@ -124,7 +124,7 @@ def test_a_finished_training_and_all_lora_files_in_it_are_scored_with_its_settin
     constants = json.loads((place / "out" / "config.json").read_text())["constants"]
     assert json.loads(json.dumps(dataclasses.asdict(seen.config))) == constants
     (file,) = seen.judged
-    assert file.is_file() and len(seen.loras[file]) == 128 and "settings of " in capsys.readouterr().out
+    assert file.is_file() and len(seen.loras[file]) == 80 and "settings of " in capsys.readouterr().out
     assert getattr(seen, "written", None) == (Path("out") if path == "out" else None)
 
 

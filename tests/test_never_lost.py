@@ -198,7 +198,7 @@ POINTS = {
     "between two passes of step 2": (
         denoising,
         "denoising_losses",
-        2 + 4 + 4,
+        2 + 2 + 4,
         2,
     ),  # 2 are the rehearsal's, 4 the first validation's
     "in mid-epoch": (trainer, "train_step", 3, 3),
