@@ -16,7 +16,8 @@ mean squared error, AdamW, gradients clipped to 1. fp16 on CUDA, float32 on a CP
     d               that script itself, whole, from the diffusers checkout given as --peer
 
 Each row lives in a process of its own and sleeps on a pipe until its turn, so that a machine that warms up or is
-shared slows all rows alike. Row b's pictures are decoded already, and neither a nor c counts the encoding done once.
+shared slows all rows alike; with --one_at_a_time each takes all its steps before the next starts. Row b's pictures are
+decoded already, and neither a nor c counts the encoding done once.
 """
 
 import argparse
@@ -361,6 +362,9 @@ def matmul_tflops(device: str) -> float:
     side, repeats, dtype = (8192, 100, torch.float16) if device == "cuda" else (2048, 9, torch.float32)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = [timed(lambda: left @ right, device)[1] for _ in range(repeats)]
+    if device == "cuda":  # the rows need the memory
+        del left, right
+        torch.cuda.empty_cache()
     return 2 * side**3 / statistics.median(seconds) / 1e12
 
 
@@ -374,7 +378,9 @@ def lacks_memory(row: str, args) -> str | None:
 
 
 def measure(args) -> list[dict]:
-    """The rows' records. They start one after the other, so that each first step is timed alone, then take turns."""
+    """The rows' records. They start one after the other, so that each first step is timed alone, then take turns;
+    or each takes all its steps before the next one starts.
+    """
     context = multiprocessing.get_context("spawn")
     workers, records = {}, {row: {"row": row, "step_starts": [], "step_seconds": []} for row in args.rows}
 
@@ -395,34 +401,34 @@ def measure(args) -> list[dict]:
             del workers[row]
         return answer
 
-    for row in args.rows:
-        if row == "d":
-            continue
-        if reason := lacks_memory(row, args):
-            print(f"{row}: {reason}", flush=True)
-            records[row]["error"] = reason
-            continue
-        here, there = context.Pipe()
-        process = context.Process(target=work, args=(there, row, args, time.time()), daemon=True)
-        process.start()
-        there.close()
-        workers[row] = process, here
-        if "error" not in ask(row):
-            print(f"{row}: first step after {records[row]['first_step_s']:.1f} s, warmed up", flush=True)
-
+    own = [row for row in args.rows if row != "d"]
     begin = time.perf_counter()
-    for number in range(1, args.steps + 1):
-        for row in list(workers):
-            answer = ask(row, "step")
-            if "error" not in answer:
-                records[row]["step_starts"].append(round(answer[0] - begin, 6))
-                records[row]["step_seconds"].append(round(answer[1], 6))
-        if number % max(1, args.steps // 5) == 0:
-            print(f"round {number} of {args.steps}", flush=True)
-    for row, (process, _) in list(workers.items()):
-        counted = any("useful_tflop_per_step" in record for record in records.values())
-        ask(row, "finish" if counted else "finish and count")
-        process.join()
+    for together in [[row] for row in own] if args.one_at_a_time else [own]:
+        for row in together:
+            if reason := lacks_memory(row, args):
+                print(f"{row}: {reason}", flush=True)
+                records[row]["error"] = reason
+                continue
+            here, there = context.Pipe()
+            process = context.Process(target=work, args=(there, row, args, time.time()), daemon=True)
+            process.start()
+            there.close()
+            workers[row] = process, here
+            if "error" not in ask(row):
+                print(f"{row}: first step after {records[row]['first_step_s']:.1f} s, warmed up", flush=True)
+        for number in range(1, args.steps + 1):
+            for row in list(workers):
+                answer = ask(row, "step")
+                if "error" not in answer:
+                    records[row]["step_starts"].append(round(answer[0] - begin, 6))
+                    records[row]["step_seconds"].append(round(answer[1], 6))
+            if workers and number % max(1, args.steps // 5) == 0:
+                print(f"{', '.join(workers)}: step {number} of {args.steps}", flush=True)
+        for row, (process, _) in list(workers.items()):
+            counted = any("useful_tflop_per_step" in record for record in records.values())
+            ask(row, "finish" if counted else "finish and count")
+            process.join()
+            workers.pop(row, None)
     if "d" in records:
         records["d"] |= run_script(args)
     return list(records.values())
@@ -467,7 +473,7 @@ def results_table(paths: list[Path]) -> str:
         rows, medians = result["rows"], {row["row"]: row["median_s"] for row in result["rows"] if "median_s" in row}
         ours = next((median for row, median in medians.items() if row[0] == "a"), None)
         fastest_c = min((row for row in medians if row[0] == "c"), key=medians.get, default=None)
-        on_cuda = any("peak_reserved_mib" in row for row in rows)
+        on_cuda = any("peak_allocated_mib" in row for row in rows)
         lines = [
             [
                 "row",
@@ -476,7 +482,7 @@ def results_table(paths: list[Path]) -> str:
                 "checkpointing",
                 "ms per step (p10 to p90)",
                 "images/s",
-                "GPU memory reserved" if on_cuda else "memory, whole process",
+                "GPU memory allocated" if on_cuda else "memory, whole process",
                 "first step",
                 "of matmul rate",
                 "time / a's",
@@ -487,7 +493,7 @@ def results_table(paths: list[Path]) -> str:
             line = [row["row"], NAMES[row["row"][0]]]
             if row["row"] in medians:
                 times = f"{row['median_s'] / ours:.2f}" if ours else ""
-                mib = row.get("peak_reserved_mib") or row.get("process_peak_rss_mib")
+                mib = row.get("peak_allocated_mib") or row.get("process_peak_rss_mib")
                 first, share = f"{row['first_step_s']:.1f} s", row.get("useful_share_of_matmul")
                 line += [
                     str(row["micro_batch"]),
@@ -600,6 +606,9 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed rounds, one step of each row [100 on cuda, 10 on cpu]")
     parser.add_argument("--warmup", type=int, help="steps of each row before them, at least 1 [20 on cuda, 2 on cpu]")
     parser.add_argument("--rows", default="", help=f"[{','.join(ALL_ROWS)}, and d with --peer]")
+    parser.add_argument(
+        "--one_at_a_time", action="store_true", help="rows don't take turns: for cards that can't hold them all at once"
+    )
     parser.add_argument("--peer", help="a diffusers checkout, for row d")
     parser.add_argument("--out", type=Path, help="file, or folder for DEVICE-MODEL-RESOLUTION.json [bench/results]")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "bench_sd15", help="where sd15 is kept")

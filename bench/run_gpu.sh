@@ -5,8 +5,8 @@
 #     bash bench/run_gpu.sh
 #     MODEL=demo RESOLUTION=64 STEPS=2 WARMUP=1 EPOCHS=1 OUT=small bash bench/run_gpu.sh     small, also on a CPU
 #
-# All rows are in memory at once; where that is too much, name fewer, as in ROWS=a,b,c:b2. Leaves in OUT the bench's
-# file, and per training a folder with its log, summary, metrics and pictures.
+# All rows are in memory at once; for a card that is too small for that, set BENCH_FLAGS=--one_at_a_time. Leaves in OUT
+# the bench's file, and per training a folder with its log, summary, metrics and pictures.
 set -euo pipefail
 
 root="$(cd "$(dirname "$0")/.." && pwd)"
@@ -36,7 +36,7 @@ train() {  # name of the run, epochs, further flags
 
 mkdir -p "$OUT"
 "$PYTHON" "$root/bench/bench_training.py" --model "$MODEL" --resolution "$RESOLUTION" --rows "$ROWS" \
-    --steps "$STEPS" --warmup "$WARMUP" --cache "$sd15" --out "$OUT"
+    --steps "$STEPS" --warmup "$WARMUP" --cache "$sd15" --out "$OUT" ${BENCH_FLAGS:-}
 train cold "$EPOCHS" --sample_every_n_epochs "$EPOCHS"
 train warm 1 --sample_every_n_epochs 0 --sample_steps 1  # for the time to its first step: as few pictures as can be
 if command -v nvidia-smi > /dev/null; then

@@ -82,6 +82,15 @@ def test_rows_take_turns_and_really_train(measured):
     assert rival["micro_batch"] == 8 and rival["checkpointing"] == "no"
 
 
+@pytest.mark.long
+def test_one_at_a_time_a_row_ends_before_the_next_starts(tmp_path):
+    words = ["--model", "demo", "--device", "cpu", "--rows", "a,c:b8", "--steps", "2", "--warmup", "1"]
+    args = bench_training.parse_arguments([*words, "--one_at_a_time", "--out", str(tmp_path)])
+    first, second = bench_training.measure(args)
+    assert first["step_starts"][-1] + first["step_seconds"][-1] < second["step_starts"][0]
+    assert first["updates"] == second["updates"] == 3 and first["useful_tflop_per_step"] > 0
+
+
 def test_figures_follow_from_the_seconds(measured):
     result, screen = measured
     ours, _, rival = result["rows"]
@@ -161,7 +170,7 @@ def test_a_rows_time_is_compared_with_ours_in_the_table(tmp_path):
             "p90_s": 2 * median,
             "images_per_s": 8 / median,
             "first_step_s": 9.0,
-            "peak_reserved_mib": 2048.0,
+            "peak_allocated_mib": 2048.0,
         }
 
     rows = [row(name, median) for name, median in (("a", 0.5), ("b", 1.0), ("c:b2", 0.75), ("c:b8", 0.6))]

@@ -200,7 +200,7 @@ POINTS = {
         "denoising_losses",
         2 + 2 + 4,
         2,
-    ),  # 2 are the rehearsal's, 4 the first validation's
+    ),  # 2 are the rehearsal's, 2 the first validation's
     "in mid-epoch": (trainer, "train_step", 3, 3),
     "in an epoch's last step": (trainer, "train_step", 4, 4),
     "in the first of the next": (trainer, "train_step", 5, 5),
