@@ -64,6 +64,16 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A diffusers folder of 1 MB: 64 -> 16 x 16 latents, 10 transformer blocks, random weights, two-layer CLIP."""
+    return make_base(tmp_path_factory.mktemp("base"), layers_per_block=1)
+
+
+@pytest.fixture(scope="session")
+def deep_base(tmp_path_factory) -> Path:
+    """The same with SD 1.5's 16 transformer blocks."""
+    return make_base(tmp_path_factory.mktemp("deep"), layers_per_block=2)
+
+
+def make_base(folder: Path, layers_per_block: int) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -71,7 +81,7 @@ def tiny_base(tmp_path_factory) -> Path:
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(8, 16, 16, 16),
-        layers_per_block=1,
+        layers_per_block=layers_per_block,
         norm_num_groups=4,
         cross_attention_dim=16,
         attention_head_dim=2,
@@ -120,7 +130,6 @@ def tiny_base(tmp_path_factory) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder = tmp_path_factory.mktemp("base")
     pipe.save_pretrained(folder)
     return folder
 

@@ -30,6 +30,11 @@ UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model.
 
 
 @pytest.fixture(scope="module")
+def tiny_base(deep_base):
+    return deep_base
+
+
+@pytest.fixture(scope="module")
 def single(tmp_path_factory, tiny_base) -> dict[str, torch.Tensor]:
     return original_layout(tiny_base)
 

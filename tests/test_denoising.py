@@ -104,7 +104,7 @@ def test_a_base_that_predicts_v_is_given_v(precise):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype, least", [(torch.float16, 0.999), (torch.bfloat16, 0.995)])
 def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(
-    tiny_base, shared_faces, dtype, least, fused
+    deep_base, shared_faces, dtype, least, fused
 ):
     """The fp16 path of a GPU, run on the CPU: half UNet, float32 LoRA, loss scale. Cosine per module to the plain
     float32 path; bf16's, with 8 bits, is 0.9976 at worst, fused or not.
@@ -115,7 +115,7 @@ def test_a_half_precision_base_gives_float32_gradients_in_the_same_direction(
     texts = torch.randn(len(dataset.texts), 77, 16, generator=generator)
     gradients = {}
     for precision in (torch.float32, dtype):
-        unet, scheduler = load_unet(tiny_base, CPU, precision)
+        unet, scheduler = load_unet(deep_base, CPU, precision)
         torch.manual_seed(0)
         inject_lora(unet, 4, 8)
         if fused and precision == dtype:

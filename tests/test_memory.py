@@ -24,9 +24,9 @@ LATENT_SHAPE = (4, 16, 16)
 
 
 @pytest.mark.parametrize("checkpointing, forward_passes", [("largest", 16 + 2 + 3), ("all", 2 * 16)])
-def test_recomputation_leaves_every_module_s_gradient_as_it_is(tiny_base, checkpointing, forward_passes):
+def test_recomputation_leaves_every_module_s_gradient_as_it_is(deep_base, checkpointing, forward_passes):
     """On the trainer's path. The transformer blocks really computed twice: of the first and the last block, or all."""
-    unet, _ = load_unet(tiny_base, CPU, torch.float32)
+    unet, _ = load_unet(deep_base, CPU, torch.float32)
     inject_lora(unet, 4, 8)
     fuse_lora(unet)
     unet.train()

@@ -20,6 +20,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
+def tiny_base(deep_base):
+    return deep_base
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_base) -> Path:
     """A LoRA of rank 4 and alpha 8 for the tiny base, in float32."""
     unet, _ = load_unet(tiny_base, CPU, torch.float32)
