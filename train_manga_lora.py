@@ -100,6 +100,7 @@ DEMO = {  # what --demo changes; other flags apply on top
     "resolution": 64,
     "sample_every_n_epochs": 10,
     "samples_per_prompt": 1,
+    "sample_steps": 20,
     "learning_rate": 2e-3,  # the tiny base needs a far higher rate than SD1.5: see bench/ablation.py
     "sample_prompts": (  # words that the demo's base knows; none names a colour
         "A detailed manga face portrait of a young woman with long wavy hair, large round eyes, gentle smile",
