@@ -13,6 +13,7 @@ mean squared error, AdamW, gradients clipped to 1. fp16 on CUDA, float32 on a CP
                     micro-batches of 2, VAE and text encoder in every step
     c:b2, c:b8+ckpt that recipe with latents and text embeddings kept in memory, at this micro-batch; the fastest
                     of these is the rival that counts
+    a:b8+compile, a:b8+graph   this trainer with its whole UNet through torch.compile; with CUDA graphs, too
     d               that script itself, whole, from the diffusers checkout given as --peer
 
 Each row lives in a process of its own and sleeps on a pipe until its turn, so that a machine that warms up or is
@@ -59,17 +60,17 @@ MAX_GRAD_NORM = 1.0
 SEED = 0
 IMAGES = 248  # of rows b and c: whole optimizer steps, so that no epoch ends within one
 ALL_ROWS = ["a", "b", "c:b2", "c:b8", "c:b2+ckpt", "c:b8+ckpt"]
-ROW = r"a(:ckpt)?|[ac]:b(?P<micro_batch>[1-9]\d*)(\+ckpt)?|b|d"
+ROW = r"a(:ckpt)?|[ac]:b(?P<micro_batch>[1-9]\d*)(\+ckpt)?|a:b(?P<compiled>[1-9]\d*)\+(compile|graph)|b|d"
 NAMES = {"a": "this trainer", "b": "diffusers' recipe", "c": "recipe, all encoded before", "d": "diffusers' script"}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 # The rows: each builder returns one optimizer step as a function, its optimizer, micro-batch and checkpointing -----
 
 
-def build_ours(args, micro_batch: int | None, checkpointing: bool | None) -> tuple:
+def build_ours(args, micro_batch: int | None, checkpointing: bool | None, mode: str | None = None) -> tuple:
     """Row a: train_manga_lora.py's own train_step() on the demo's faces, with random latents and text embeddings.
 
-    None for micro_batch or checkpointing is the trainer's own choice.
+    None for micro_batch or checkpointing is the trainer's own choice. mode: of torch.compile, None = eager.
     """
     import torch
 
@@ -101,6 +102,8 @@ def build_ours(args, micro_batch: int | None, checkpointing: bool | None) -> tup
     else:
         plans = [plan := MemoryPlan(micro_batch or EFFECTIVE_BATCH, "all" if checkpointing else "nothing", 0.0)]
     model.plans = Plans(model.unet, plans, plan)
+    if mode:  # one graph without breaks, or an error
+        model.unet.compile(fullgraph=True, dynamic=False, mode=mode)
     orders = (dataset.epoch_order(epoch) for epoch in itertools.count())
     whole = len(dataset) - len(dataset) % EFFECTIVE_BATCH  # the few faces left over would make a cheaper step
     batches = (order[start : start + EFFECTIVE_BATCH] for order in orders for start in range(0, whole, EFFECTIVE_BATCH))
@@ -260,14 +263,16 @@ def run_script(args) -> dict:
 def work(connection, row: str, args, started: float) -> None:
     """A row's process: build, warm up, then one timed step per request; at the end its memory and its arithmetic."""
     try:
-        micro_batch = int(re.fullmatch(ROW, row)["micro_batch"] or 0)
+        named, modes = re.fullmatch(ROW, row), {"compile": "default", "graph": "reduce-overhead"}
+        micro_batch = int(named["micro_batch"] or named["compiled"] or 0)
         if micro_batch and EFFECTIVE_BATCH % micro_batch:
             raise ValueError(f"{EFFECTIVE_BATCH} images are no whole number of micro-batches of {micro_batch}")
         import torch
 
         torch.manual_seed(SEED)
         if row[0] == "a":
-            trainer = build_ours(args, micro_batch or None, None if row == "a" else "ckpt" in row)
+            mode = modes.get(row.rpartition("+")[2])
+            trainer = build_ours(args, micro_batch or None, None if row == "a" else "ckpt" in row, mode)
         else:
             trainer = build_recipe(args, micro_batch or 2, row == "b" or "ckpt" in row, cached=row != "b")
         step, optimizer, micro_batch, checkpointing = trainer
@@ -370,7 +375,7 @@ def matmul_tflops(device: str) -> float:
 
 def lacks_memory(row: str, args) -> str | None:
     """Why a row of sd15 can't be started on a CPU now, if so. The weights are mapped from one file and count once."""
-    needed = 1.5 + int(re.fullmatch(ROW, row)["micro_batch"] or 2) * 2.5 * (args.resolution / 512) ** 2
+    needed = 1.5 + int((re.search(r":b(\d+)", row) or [0, 2])[1]) * 2.5 * (args.resolution / 512) ** 2
     free = psutil.virtual_memory().available / 2**30
     if args.device == "cpu" and args.model == "sd15" and free < needed:
         return f"not started: it may need {needed:.1f} GiB, and {free:.1f} are free; take fewer rows at once"
@@ -622,7 +627,9 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     args.rows = args.rows.split(",") if args.rows else ALL_ROWS + (["d"] if args.peer else [])
     for row in args.rows:
         if not re.fullmatch(ROW, row) or args.rows.count(row) > 1:
-            parser.error(f"--rows: {row!r} is no row, or named twice; rows are a, a:b8, a:ckpt, b, c:b2, c:b8+ckpt, d")
+            parser.error(
+                f"--rows: {row!r} is no row, or named twice; rows are a, a:b8, a:b8+graph, a:ckpt, b, c:b2, c:b8+ckpt, d"
+            )
 
     import torch
 

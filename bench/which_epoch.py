@@ -1,0 +1,87 @@
+"""Does the best epoch's choice hold? A run that overfits on purpose, and every few epochs scored with many pictures.
+
+    python bench/which_epoch.py OUT --faces 40 --learning_rate 6e-3 --num_train_epochs 80
+    python bench/which_epoch.py OUT --dataset_dir FACES --faces 40 --learning_rate 6e-3 --num_train_epochs 80
+
+Trains on a few faces of a data set (the demo's), at a rate and for as long as it takes to learn them by heart. Then
+says which epoch the program exported, and draws and scores 256 pictures with the LoRA of each of eight epochs.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+PICTURES = 256
+SCORED = 8  # epochs, evenly
+HELD_OUT = 0.25  # of the faces
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dataset_dir", type=Path, default=ROOT / "demo" / "faces")
+    parser.add_argument("--faces", type=int, default=40)
+    parser.add_argument("--learning_rate", type=float, default=6e-3)
+    parser.add_argument("--num_train_epochs", type=int, default=80)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    import torch
+
+    import train_manga_lora as trainer
+    from dataset import MangaFaceDataset
+    from evaluation import best_epoch, pictures
+    from evaluation.score import Evaluation
+    from training.bases import resolution_unit
+
+    entries = json.loads((args.dataset_dir / "modified_face_250.json").read_text(encoding="utf-8"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    captions = args.out / "captions.json"
+    captions.write_text(json.dumps(entries[: args.faces]), encoding="utf-8")
+    words = ["--demo", "--dataset_dir", str(args.dataset_dir), "--json_file", str(captions)]
+    words += ["--output_dir", str(args.out / "run"), "--cache_dir", str(args.out / "cache"), "--overwrite"]
+    words += ["--learning_rate", str(args.learning_rate), "--num_train_epochs", str(args.num_train_epochs)]
+    words += ["--validation_share", str(HELD_OUT), "--early_stopping_patience", "0", "--sample_every_n_epochs", "0"]
+    config = trainer.parse_arguments([*words, "--seed", str(args.seed), "--save_every_n_epochs", "0"])
+
+    every, keep = max(1, args.num_train_epochs // SCORED), trainer.keep_candidate
+
+    def keep_some(folder, unet, labels, state) -> None:
+        keep(folder, unet, labels, state)
+        if state.epoch % every == 0:
+            best_epoch.save_epoch(args.out / "kept" / f"epoch-{state.epoch:03d}", unet, labels, state)
+
+    trainer.keep_candidate = keep_some
+    summary = trainer.main(config)
+    losses = {epoch: loss for epoch, loss, _ in summary["validation"]}
+    chosen = summary["best_epoch"]
+
+    pictures.MAX_CAPTIONS, pictures.MAX_ATTRIBUTE_PROMPTS = PICTURES, 0
+    config = dataclasses.replace(config, sample_steps=10, sample_prompts=())
+    base = Path(config.pretrained_model)
+    evaluation = Evaluation(
+        config, MangaFaceDataset.from_config(config, resolution_unit(base)), base, torch.device("cpu")
+    )
+    files = {int(folder.name[-3:]): folder for folder in sorted((args.out / "kept").iterdir())}
+    files |= {chosen: args.out / "run" / "candidates" / f"epoch-{chosen:03d}"}
+    print(f"\n{summary['verdict']}\nChosen: epoch {chosen}, {summary['best_reason']}")
+    print(f"Lowest validation loss: epoch {min(losses, key=losses.get)}\n")
+    print(f"epoch  validation loss  score of {evaluation.jobs.portraits} pictures (95 % interval)  coherence  novelty")
+    for epoch, folder in sorted(files.items()):
+        score = evaluation.judge_portraits(folder / "pytorch_lora_weights.safetensors")
+        low, high = score.interval("points: score")
+        own = f"{score.score:5.2f} ({low:.2f} to {high:.2f}) of {score.maximum}"
+        rest = f"{score.value['coherence']:.2f}  {score.value['novelty']:.2f}"
+        print(f"{epoch:5d}  {losses[epoch]:15.4f}  {own}  {rest}{'  <- chosen' if epoch == chosen else ''}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
