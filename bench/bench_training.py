@@ -627,9 +627,8 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     args.rows = args.rows.split(",") if args.rows else ALL_ROWS + (["d"] if args.peer else [])
     for row in args.rows:
         if not re.fullmatch(ROW, row) or args.rows.count(row) > 1:
-            parser.error(
-                f"--rows: {row!r} is no row, or named twice; rows are a, a:b8, a:b8+graph, a:ckpt, b, c:b2, c:b8+ckpt, d"
-            )
+            known = "a, a:b8, a:b8+graph, a:ckpt, b, c:b2, c:b8+ckpt, d"
+            parser.error(f"--rows: {row!r} is no row, or named twice; rows are {known}")
 
     import torch
 
