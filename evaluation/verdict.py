@@ -1,5 +1,6 @@
 """The sentence at the end: what was learnt, what is wrong, what to change."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ LEARNT = 0.5  # of style's points
 SMEARED = 0.7  # of the share of held-out faces that pass as whole; below it pictures are smeared
 MANY_COPIES = 0.1  # of the pictures
 STILL_FALLING = 0.1  # of the gain in validation loss came in the second half of all learning
+MOST_HELD_OUT = 0.25  # of the faces: more would be missed in training
 APART = 5.0  # Ashman's D: two styles, not one that varies
 
 
@@ -55,7 +57,9 @@ def verdict(facts: Facts) -> str:
     elif facts.copies > MANY_COPIES:
         main = f"Copies {facts.copied} of {facts.faces} training faces: fewer epochs, or more pictures."
     elif facts.held_out < FEWEST:
-        main = f"Too few faces to judge: {facts.held_out} held out, {FEWEST} are needed. Believe your eyes."
+        share = math.ceil(100 * FEWEST / (facts.faces + facts.held_out)) / 100
+        remedy = f"set validation_share = {share:g}" if share <= MOST_HELD_OUT else "add faces"
+        main = f"Too few faces to judge: {facts.held_out} held out, {FEWEST} are needed: {remedy}. Believe your eyes."
     elif worse or (facts.score is not None and facts.score < 0):
         main = f"Worse than the base: lower {rate}, to a quarter."
     elif facts.style is None:

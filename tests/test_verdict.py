@@ -36,7 +36,11 @@ GOOD = Facts(
         ),
         ({"whole": (0.6, 0.95), "better": ((12, 0.8), (20, 0.65))}, "or take epoch 12 from candidates."),
         ({"copied": 6, "faces": 24, "copies": 0.3}, "Copies 6 of 24 training faces: fewer epochs, or more pictures."),
-        ({"held_out": 4, "score": None}, "Too few faces to judge: 4 held out, 8 are needed."),
+        ({"faces": 36, "held_out": 4}, "4 held out, 8 are needed: set validation_share = 0.2. Believe your eyes."),
+        (
+            {"faces": 16, "held_out": 4},
+            "Too few faces to judge: 4 held out, 8 are needed: add faces. Believe your eyes.",
+        ),
         ({"score": -1.2}, "Worse than the base: lower learning_rate (5e-05), to a quarter."),
         ({"losses": (0.07, 0.08)}, "Worse than the base"),
         ({"style": 0.3}, "Style learnt in part, faces intact. Raise learning_rate (5e-05) a little."),
