@@ -9,7 +9,8 @@ from evaluation.measures import squashed
 from evaluation.pictures import FEWEST
 
 HARDLY = 0.2  # of the difference between two of the base's pictures: the LoRA changes less than that
-LEARNT = 0.5  # of style's points
+LITTLE = 0.6  # of that difference: what is wrong then is the base's still, not yet the LoRA's
+LEARNT, NOT_LEARNT = 0.5, 0.25  # of style's points
 SMEARED = 0.7  # of the share of held-out faces that pass as whole; below it pictures are smeared
 MANY_COPIES = 0.1  # of the pictures
 STILL_FALLING = 0.1  # of the gain in validation loss came in the second half of all learning
@@ -52,7 +53,8 @@ def verdict(facts: Facts) -> str:
     if facts.styles:
         also += [f" The faces are of two styles ({facts.styles[0]} and {facts.styles[1]}): train them apart."]
     worse = facts.losses is not None and facts.losses[1] >= facts.losses[0]
-    if facts.moved is not None and facts.moved < HARDLY:
+    little = facts.moved is not None and facts.moved < LITTLE
+    if little and (facts.moved < HARDLY or (facts.style is not None and facts.style < NOT_LEARNT)):
         main = f"Hardly differs from the base: raise {rate} or num_train_epochs ({facts.epochs})."
     elif facts.copies > MANY_COPIES:
         main = f"Copies {facts.copied} of {facts.faces} training faces: fewer epochs, or more pictures."
@@ -67,7 +69,9 @@ def verdict(facts: Facts) -> str:
     else:
         learnt = facts.style >= LEARNT
         main = "Style learnt" if learnt else "Style learnt in part"
-        if facts.whole and facts.whole[0] < SMEARED * facts.whole[1]:
+        if little and not learnt:
+            main += f": raise {rate} or num_train_epochs ({facts.epochs})."
+        elif facts.whole and facts.whole[0] < SMEARED * facts.whole[1]:
             main += f", but faces are smeared in {1 - facts.whole[0]:.0%} of the pictures: lower {rate}"
             ahead = [(whole, epoch) for epoch, whole in facts.better if whole > facts.whole[0] + 0.1]
             main += f", or take epoch {max(ahead)[1]} from candidates." if ahead else ", or show larger faces."

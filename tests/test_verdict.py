@@ -30,6 +30,14 @@ GOOD = Facts(
         ({"is_falling": True, "best_epoch": 20}, "Style learnt, faces intact."),
         ({"moved": 0.1}, "Hardly differs from the base: raise learning_rate (5e-05) or num_train_epochs (30)."),
         ({"moved": 0.1, "held_out": 4}, "Hardly differs from the base: raise learning_rate (5e-05) or num_train"),
+        (  # the base's own pictures aren't whole faces in this artist's style, either
+            {"moved": 0.3, "style": 0.1, "score": 0.4, "whole": (0.0, 0.95), "is_falling": True},
+            "Hardly differs from the base: raise learning_rate (5e-05) or num_train_epochs (30).",
+        ),
+        (
+            {"moved": 0.5, "style": 0.4, "whole": (0.1, 0.95)},
+            "Style learnt in part: raise learning_rate (5e-05) or num_train_epochs (30).",
+        ),
         (
             {"whole": (0.6, 0.95)},
             "Style learnt, but faces are smeared in 40 % of the pictures: lower learning_rate (5e-05), or show larger",
