@@ -97,12 +97,13 @@ def two_styles(measures: dict[str, np.ndarray]) -> tuple[int, int] | None:
     """How many faces are of each of two styles, if there are two: some measure falls into two heaps far apart.
 
     Ashman's D (Ashman et al. 1994), sqrt 2 |m1 - m2| / sqrt(s1^2 + s2^2), of the best split into two parts of at least
-    a fifth each. Split anywhere, one normal heap has at most 3, a uniform one 3.5.
+    a fifth each, and 8 faces, for a few fall apart by chance. Split anywhere, one normal heap has at most 3, a uniform
+    one 3.5.
 
     measures: each (n,), of the training faces.
     """
     for values in measures.values():
-        ordered, least = np.sort(values), max(3, len(values) // 5)
+        ordered, least = np.sort(values), max(8, len(values) // 5)
         floor, apart = 0.02 * (abs(ordered).max() + 1e-9), {}
         for cut in range(least, len(ordered) - least + 1):
             low, high = ordered[:cut], ordered[cut:]

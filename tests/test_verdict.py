@@ -73,6 +73,8 @@ def test_one_style_is_one_however_it_varies_and_two_are_two(seed):
     one = {"normal": generator.normal(10, 3, 60), "uniform": generator.uniform(0, 1, 60), "equal": np.ones(60)}
     one["skewed"] = generator.exponential(1, 60)
     assert two_styles(one) is None
+    few = [generator.normal(0, 1, 8) for _ in range(50)]
+    assert all(two_styles({"few": values}) is None for values in few)
     two = np.concatenate([generator.normal(5, 1, 40), generator.normal(40, 4, 20)])
     assert two_styles(one | {"colour": two}) == (40, 20)
     assert two_styles({"colour": np.concatenate([np.zeros(57), 40 + np.zeros(3)])}) is None  # three coloured ones
