@@ -178,7 +178,7 @@ class Ends:
 
     def __init__(self, base: Features, faces: Features, references: References):
         def sampled(features: Features) -> tuple[dict, dict]:
-            near = [nearness(values(features, references, w), self.of_base) for w in bootstrap(features.texts)]
+            near = [nearness(values(features, references, w), self.of_base) for w in bootstrap(features)]
             return near[0], {name: np.array([one[name] for one in near[1:]]) for name in near[0]}
 
         self.of_base = values(base, references, np.ones(len(base.texts)))
@@ -216,12 +216,16 @@ def units_of(texts: list[str]) -> np.ndarray:
     return np.unique(texts, return_inverse=True)[1] if len(set(texts)) > 1 else np.arange(len(texts))
 
 
-def bootstrap(texts: list[str]) -> list[np.ndarray]:
-    """How often each picture counts: once, then RESAMPLES times as the units are drawn anew. Shape: each (n,)."""
-    units = units_of(texts)
-    count = int(units.max()) + 1
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    return [np.ones(len(texts)), *drawn[:, units].astype(float)]
+def bootstrap(features: Features) -> list[np.ndarray]:
+    """How often each picture counts: once, then RESAMPLES times as units are drawn anew, of portraits and of the other
+    pictures apart. Shape: each (n,).
+    """
+    rng, drawn = np.random.default_rng(0), []
+    for texts in filter(None, (features.texts[: features.portraits], features.texts[features.portraits :])):
+        units = units_of(texts)
+        count = int(units.max()) + 1
+        drawn.append(rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)[:, units])
+    return [np.ones(len(features.texts)), *np.concatenate(drawn, axis=1).astype(float)]
 
 
 class Score:
@@ -237,7 +241,7 @@ class Score:
         if ends is None:
             return
         samples = []
-        for weights in bootstrap(features.texts):
+        for weights in bootstrap(features):
             own = values(features, references, weights)
             samples.append(own | {f"points: {name}": share for name, share in ends.shares(own).items()})
         self.value, self.maximum = samples[0], ends.maximum

@@ -28,7 +28,7 @@ from evaluation import judge, measures, pictures
 from evaluation.best_epoch import choose_best
 from evaluation.judge import Judge
 from evaluation.measures import ATTRIBUTES, LINE_ART, asked_for, line_art
-from evaluation.score import COSTS, PLAIN, POINTS, Ends, Evaluation, Score, values
+from evaluation.score import COSTS, PLAIN, POINTS, Ends, Evaluation, Score, bootstrap, values
 from train_manga_lora import DEMO, TrainingConfig
 from training.bases import resolution_unit
 from training.pictures import load_image
@@ -121,6 +121,17 @@ def test_balanced_accuracy_is_the_library_s_and_never_is_half():
     assert measures.balanced_accuracy(seen, truth)[0] == pytest.approx(known)
     truth[:, 1] = 1
     assert math.isnan(measures.balanced_accuracy(seen, truth)[1])  # "no" was never asked for: no evidence
+
+
+@pytest.mark.parametrize("portraits", [["a"] * 6, ["a", "a", "b", "b", "c", "c"]])
+@pytest.mark.parametrize("others", [[], ["a"], ["d", "d", "e"]])
+def test_a_bootstrap_always_draws_as_many_portraits_even_if_all_captions_are_the_same(portraits, others):
+    plain, *drawn = bootstrap(SimpleNamespace(texts=portraits + others, portraits=6))
+    assert plain.tolist() == [1] * (6 + len(others)) and len(drawn) == 300
+    assert {weights[:6].sum() for weights in drawn} == {6}
+    assert (np.std(drawn, axis=0)[:6] > 0.5).all()
+    together = [weights[0] == weights[1] for weights in drawn]
+    assert all(together) == (portraits[1] != portraits[-1])  # pictures of one prompt, unless it is the only one
 
 
 def test_half_of_the_prompts_ask_for_each_attribute_in_words_of_the_captions():
