@@ -22,6 +22,7 @@ LINE_ART = {  # measure: the smallest spread (standard deviation) that a distanc
     "bilevel share": 0.02,  # of pixels nearly black or nearly white (darker than 0.12, brighter than 0.88), in [0, 1]
     "edge strength": 0.02,  # 99th percentile of the brightness gradient, per pixel: low if blurred. In [0, 0.71]
 }
+STROKES = 512  # length of stroke_directions(), which layout() has first
 ATTRIBUTES = ("glasses", "earrings", "beard", "flowers", "freckles", "smile", "long hair")  # of the demo's faces
 
 

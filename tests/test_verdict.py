@@ -1,11 +1,14 @@
 """The sentence at the end, from facts; what the facts are made of. Whole runs: test_verdict_runs.py."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, STYLES, run, write_faces
+from PIL import Image
 
+from evaluation.measures import colourfulness, stroke_directions
 from evaluation.verdict import Facts, is_falling, moved, two_styles, verdict
 
 GOOD = Facts(
@@ -69,15 +72,30 @@ def test_pictures_that_are_the_base_s_have_not_moved_and_others_have_moved_by_ab
 
 @pytest.mark.parametrize("seed", range(20))
 def test_one_style_is_one_however_it_varies_and_two_are_two(seed):
-    generator = np.random.default_rng(seed)
-    one = {"normal": generator.normal(10, 3, 60), "uniform": generator.uniform(0, 1, 60), "equal": np.ones(60)}
-    one["skewed"] = generator.exponential(1, 60)
-    assert two_styles(one) is None
-    few = [generator.normal(0, 1, 8) for _ in range(50)]
-    assert all(two_styles({"few": values}) is None for values in few)
-    two = np.concatenate([generator.normal(5, 1, 40), generator.normal(40, 4, 20)])
-    assert two_styles(one | {"colour": two}) == (40, 20)
-    assert two_styles({"colour": np.concatenate([np.zeros(57), 40 + np.zeros(3)])}) is None  # three coloured ones
+    generator, grey = np.random.default_rng(seed), np.ones(60)
+    one = generator.normal(0, 1, (60, 20)) * np.linspace(5, 0.1, 20)
+    for values in (one, generator.uniform(0, 1, (60, 20)), generator.exponential(1, (60, 20)), np.ones((60, 20))):
+        assert two_styles(values, grey) is None and two_styles(one, 40 * abs(values[:, 0])) is None
+    few = generator.normal(0, 1, (8, 20))
+    assert two_styles(few, few[:, 0]) is None  # a few fall apart by chance
+    apart = np.r_[np.zeros(40), np.ones(20)][:, None] * generator.normal(0, 20, 20)
+    assert sorted(two_styles(one + apart, grey)) == [20, 40]
+    assert two_styles(one, np.r_[generator.normal(5, 1, 40), generator.normal(40, 3, 20)]) == (40, 20)
+    assert two_styles(one, np.r_[grey[:57], 40 * grey[:3]]) is None  # three coloured ones
+
+
+def test_any_two_of_four_styles_are_told_apart_and_none_is_split(tmp_path):
+    def read(folder, count: int) -> tuple:
+        files = sorted(folder.glob("*.png"))[:count]
+        pictures = [np.asarray(Image.open(file).convert("RGB").resize((64, 64))) for file in files]
+        return stroke_directions(pictures), colourfulness(np.stack(pictures))
+
+    sets = [read(write_faces(name, tmp_path / name), 90) for name in STYLES]
+    sets += [read(ROOT / "demo" / "faces", 90), read(ROOT / "demo" / "other_faces", 60)]
+    assert all(two_styles(*one) is None for one in sets)
+    for one, other in itertools.combinations(sets, 2):
+        both = (np.concatenate(pair) for pair in zip(one, other, strict=True))
+        assert sorted(two_styles(*both)) == sorted([len(one[0]), len(other[0])])
 
 
 def test_a_loss_still_falls_only_if_learning_and_not_the_schedule_ended_it():
