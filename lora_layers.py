@@ -20,6 +20,8 @@ import json
 import math
 import os
 import pickle
+import warnings
+import zipfile
 from pathlib import Path
 
 import safetensors.torch
@@ -444,15 +446,28 @@ def _checked_suffix(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
+def read_pickle(source):
+    """What torch.save wrote to a path (tensors stay on the disk if they can) or a buffer; of a checkpoint the weights.
+
+    Raises ValueError: it holds code, none of which is run; and whatever else a damaged file makes torch raise.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of pickles by others: the caller says what is wrong in one line
+        mapped = isinstance(source, Path) and zipfile.is_zipfile(source)
+        try:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise ValueError("it holds more than tensors, or is damaged; nothing in it was run") from error
+    return content.get("state_dict", content) if isinstance(content, dict) else content
+
+
 def read_tensors(path: Path, suffix: str) -> dict[str, Tensor]:
     """What is in a file, read as one of this suffix. Raises ValueError: it is damaged, or not tensors by name."""
     try:
         content = path.read_bytes()  # not mapped: Windows cannot rename a mapped file
         if suffix == ".safetensors":
             return safetensors.torch.load(content)
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: this .bin holds more than tensors, or is damaged; nothing in it was run") from error
+        state = read_pickle(io.BytesIO(content))
     except Exception as error:  # whatever a damaged or hostile file makes the two parsers raise
         raise ValueError(f"{path}: cannot be read as a {suffix} file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -4,6 +4,7 @@ The hub is a small HTTP server on this machine, spoken to by the real client.
 """
 
 import http.server
+import io
 import json
 import os
 import pickle
@@ -130,19 +131,72 @@ def test_weights_that_are_only_there_as_fp16_are_taken_and_plain_ones_before_the
     for part in PARTS:
         tensors = {name: value.half() for name, value in load_file(base / f"{part}.safetensors").items()}
         save_file(tensors, base / f"{part}.fp16.safetensors", {"format": "pt"})
-
-    def weights(base: Path) -> list[torch.Tensor]:
-        parts = load_vae(base, CPU), load_unet(base, CPU, torch.float32)[0], load_text_encoder(base, CPU)[1]
-        return [weight for part in parts for weight in part.parameters()]
-
-    plain, both = weights(tiny_base), weights(base)
+    plain, both = weights_of(tiny_base), weights_of(base)
     assert all(map(torch.equal, plain, both))
     for part in PARTS:
         (base / f"{part}.safetensors").unlink()
     assert bases.find_base(str(base), tmp_path) == base
-    alone = weights(base)
+    alone = weights_of(base)
     assert all(torch.equal(a.half().float(), b) for a, b in zip(plain, alone, strict=True))
     assert not all(map(torch.equal, plain, alone))
+
+
+@pytest.fixture(scope="module")
+def in_pieces(tmp_path_factory, tiny_base) -> Path:
+    """The tiny base with each part in several files and an index."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("pieces") / "base"
+    StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None).save_pretrained(
+        folder, max_shard_size="30KB"
+    )
+    assert all(len(list(folder.glob(f"{part}-*-of-*.safetensors"))) > 1 for part in PARTS)
+    assert not any((folder / f"{part}.safetensors").exists() for part in PARTS)
+    return folder
+
+
+def as_fp16(folder: Path) -> None:
+    """The pieces and their index under the names of diffusers' variant fp16."""
+    for part in PARTS:
+        index = folder / f"{part}.safetensors.index.json"
+        stem = Path(part).name
+        index.with_name(f"{stem}.safetensors.index.fp16.json").write_text(
+            index.read_text().replace(f"{stem}-", f"{stem}.fp16-")
+        )
+        index.unlink()
+        for piece in folder.glob(f"{part}-*"):
+            piece.rename(piece.with_name(piece.name.replace(f"{stem}-", f"{stem}.fp16-")))
+
+
+def weights_of(base: Path) -> list[torch.Tensor]:
+    parts = load_vae(base, CPU), load_unet(base, CPU, torch.float32)[0], load_text_encoder(base, CPU)[1]
+    return [weight for part in parts for weight in part.parameters()]
+
+
+@pytest.mark.parametrize("variant", ["plain", "fp16"])
+def test_a_folder_whose_parts_are_in_pieces_is_read_whole(tmp_path, tiny_base, in_pieces, variant):
+    base = shutil.copytree(in_pieces, tmp_path / "base")
+    if variant == "fp16":
+        as_fp16(base)
+    assert bases.find_base(str(base), tmp_path) == base
+    assert all(map(torch.equal, weights_of(base), weights_of(tiny_base)))
+    piece = min((base / "unet").glob("*00002-of*"))
+    content = piece.read_bytes()
+    for damage in (piece.unlink, lambda: piece.write_bytes(content[:-9])):
+        damage()
+        with pytest.raises(bases.BaseModelError, match=rf"{piece.name} can't be loaded: it is missing, cut short"):
+            bases.find_configs(str(base))
+
+
+def test_one_model_in_pieces_is_no_diffusers_folder(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"anime-0000{number}-of-00002.safetensors").touch()
+    (tmp_path / "anime.safetensors.index.json").touch()
+    for named in (tmp_path, tmp_path / "anime-00001-of-00002.safetensors"):
+        with pytest.raises(
+            bases.BaseModelError, match=r"is one model in pieces: get it in one file, or as a diffusers"
+        ):
+            bases.find_configs(str(named))
 
 
 @pytest.mark.long
@@ -221,6 +275,8 @@ KINDS = {  # what is in a single file -> what is said of it
     "no text encoder": (lambda t: without(t, "cond_"), "a checkpoint without text encoder"),
     "no VAE": (lambda t: without(t, "first_"), "a checkpoint without VAE"),
     "fp8": (lambda t: {n: v.to(torch.float8_e4m3fn) if UNET in n else v for n, v in t.items()}, "is in fp8"),
+    "int8": (lambda t: {n: v.to(torch.int8) if UNET in n else v for n, v in t.items()}, "is in i8, too coarse"),
+    "a LoHa": (lambda t: {"lora_unet_mid_block_attentions_0.hada_w1_a": torch.ones(4, 8)}, "is a LyCORIS network or"),
     "another size": (lambda t: widened(t, 32), "has another UNet"),
 }
 
@@ -238,6 +294,12 @@ def test_what_is_no_base_is_called_by_its_name_before_anything_is_encoded(
     assert snapshot(place) == before
 
 
+def saved(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
 class Malicious:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
@@ -246,9 +308,12 @@ class Malicious:
 CONTENTS = {
     "a text.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "get the base again"),
     "empty.safetensors": (b"", "get the base again"),
-    "a text.ckpt": (b"<html>Not found</html>", "get it as .safetensors"),
+    "a text.ckpt": (b"<html>Not found</html>", "get the base again, as .safetensors"),
     "code.ckpt": (pickle.dumps(Malicious()), "holds more than weights, which was not run"),
-    "empty.ckpt": (b"", "get it as .safetensors"),
+    "empty.ckpt": (b"", "get the base again, as .safetensors"),
+    "an embedding.ckpt": (saved({"string_to_param": {"*": torch.ones(3, 768)}, "name": "x"}), "a textual inversion"),
+    "a list.ckpt": (saved([torch.ones(3)]), "holds a list, but no weights by name: get "),
+    "a tensor.ckpt": (saved({"state_dict": torch.ones(3)}), "holds a Tensor, but no weights by name: get "),
 }
 
 
@@ -267,6 +332,35 @@ def test_a_damaged_or_hostile_single_file_is_one_line_and_never_run(script, plac
     code, message = exit_of(script, flags(place, file, *["--dry_run"] * dry_run))
     assert code == 2 and said in message and len(message.splitlines()) == 1 and len(message) < 600, message
     assert str(file) in message and snapshot(place) == before
+
+
+def test_on_the_real_command_line_torch_s_warnings_of_a_pickle_are_not_shown(place):
+    (place / "a.ckpt").write_bytes(pickle.dumps({"state_dict": {"a": 1}}, protocol=4))  # torch warns of this one
+    for given in (["a.ckpt"], [ROOT / "demo" / "base", "--start_from", "a.ckpt"]):
+        words = [sys.executable, str(ROOT / "train_manga_lora.py"), *flags(place, *given, "--dry_run")]
+        done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "a.ckpt" in done.stderr, done.stderr
+
+
+NO_BASES = {
+    "lora.pt": "is a .pt file: a base is a .safetensors or .ckpt file, a diffusers folder or a hub id",
+    "README.md": "is a .md file",
+    "LICENSE": "is a nameless file",
+    "https://huggingface.co/me/base": "is no local file or folder, nor a hub id",
+    "models/my/base": "is no local file or folder, nor a hub id",
+    "": "must be a hub id, a .safetensors or .ckpt file, or a diffusers folder",
+}
+
+
+@pytest.mark.parametrize("dry_run", [True, False], ids=["dry run", "run"])
+@pytest.mark.parametrize("name", NO_BASES)
+def test_what_can_be_neither_a_base_nor_a_hub_id_is_refused(script, place, name, dry_run):
+    if name and "/" not in name:
+        (place / name).touch()
+    before = snapshot(place)
+    code, message = exit_of(script, flags(place, name, *["--dry_run"] * dry_run))
+    assert code == 2 and f"pretrained_model={name!r} {NO_BASES[name]}" in message, message
+    assert len(message.splitlines()) == 1 and snapshot(place) == before
 
 
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(script, place):
@@ -304,6 +398,34 @@ def test_what_cannot_work_is_said_from_the_configs_alone(script, place, tiny_bas
     code, message = exit_of(script, flags(place, "base", *["--dry_run"] * dry_run))
     assert code == 2 and said in message and len(message.splitlines()) == 1, message
     assert snapshot(place) == before
+
+
+def coarse(file: Path, dtype: torch.dtype) -> None:
+    save_file({name: value.to(dtype) for name, value in load_file(file).items()}, file, {"format": "pt"})
+
+
+WEIGHTS_TROUBLE = {  # what is done to the UNet's weights -> what is said
+    "missing": (Path.unlink, "unet has no weights: get the base again"),
+    "touched": (lambda file: file.write_bytes(b""), "can't be loaded: it is missing, cut short or no safetensors"),
+    "touched .bin": (
+        lambda file: (file.unlink(), file.with_suffix(".bin").touch()),
+        "can't be loaded: it is missing, damaged, or holds more than weights",
+    ),
+    "fp8": (lambda file: coarse(file, torch.float8_e4m3fn), "is in fp8, too coarse to train on"),
+    "int8": (lambda file: coarse(file, torch.int8), "is in i8, too coarse to train on"),
+}
+
+
+@pytest.mark.parametrize("dry_run", [True, False], ids=["dry run", "run"])
+@pytest.mark.parametrize("case", WEIGHTS_TROUBLE)
+def test_a_folder_s_weights_are_looked_at_before_anything_is_encoded(script, place, tiny_base, case, dry_run):
+    shutil.copytree(tiny_base, place / "base")
+    change, said = WEIGHTS_TROUBLE[case]
+    change(place / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+    before = snapshot(place)
+    code, message = exit_of(script, flags(place, "base", *["--dry_run"] * dry_run))
+    assert code == 2 and said in message and len(message.splitlines()) == 1, message
+    assert "unet" in message and snapshot(place) == before
 
 
 def test_a_pipeline_of_another_kind_is_named(place, tiny_base):
@@ -386,6 +508,19 @@ def test_from_the_hub_only_one_file_a_part_is_fetched_and_configs_first(place, t
     assert asked.index("unet/config.json") < min(map(asked.index, weights)) and len(small) >= 6
 
 
+def test_from_the_hub_a_part_in_pieces_comes_with_its_index(place, in_pieces, hub):
+    address, asked = hub
+    repository = shutil.copytree(in_pieces, place / "hub" / "me" / "base")
+    as_fp16(shutil.copytree(in_pieces, place / "fp16"))
+    shutil.copytree(place / "fp16", repository, dirs_exist_ok=True)  # the variant, too, which is left there
+    done = start_with_hub(place, address)
+    assert done.returncode == 0, done.stderr
+    weights = {name for name in asked if ".safetensors" in name}
+    assert weights == {
+        path.relative_to(in_pieces).as_posix() for path in in_pieces.rglob("*") if ".safetensors" in path.name
+    }
+
+
 def test_what_cannot_work_is_refused_before_its_weights_are_fetched(place, tiny_base, hub):
     address, asked = hub
     repository = shutil.copytree(tiny_base, place / "hub" / "me" / "base")
@@ -402,4 +537,5 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_a_dry_run_goes_on_without(
     assert code == 2 and "'nobody/base' is no local file or folder and can't be downloaded" in message
     assert len(message.splitlines()) == 1 and "--demo" in message and len(message) < 400, message
     assert exit_of(script, flags(place, "nobody/base", "--dry_run"))[0] == 0
-    assert "The base 'nobody/base' is not on this machine and can't be downloaded" in capsys.readouterr().out
+    told = [line for line in capsys.readouterr().out.splitlines() if "NOT checked" in line]
+    assert len(told) == 1 and "'nobody/base' is no local file or folder and can't be downloaded (" in told[0], told

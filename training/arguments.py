@@ -101,6 +101,7 @@ def check_config(config) -> None:
     check("below 1", lambda v: v < 1, "max_weight_decay")
     check("in [1, 12]: 1 is the text encoder's last layer, 2 the one before", lambda v: 1 <= v <= 12, "clip_skip")
     check("a multiple of 8, for SD1.5 of 64", lambda v: v >= 8 and v % 8 == 0, "resolution")
+    check("a hub id, a .safetensors or .ckpt file, or a diffusers folder", str.strip, "pretrained_model")
     check("above 0 and at most 1 (try 5e-5)", lambda v: 0 < v <= 1, "learning_rate")
     check("in [0, 1)", lambda v: 0 <= v < 1, "lr_warmup_ratio")
     check("in [0, 1]", lambda v: 0 <= v <= 1, "caption_dropout")

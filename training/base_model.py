@@ -3,7 +3,6 @@
 diffusers and transformers are imported where they are needed: together they cost seconds.
 """
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -33,8 +32,6 @@ def _load(kind, folder: Path, **options):
     except Exception as error:  # whatever damaged or hostile files make the libraries raise
         if is_out_of_memory(error):
             raise
-        if isinstance(error, pickle.UnpicklingError):
-            error = "its .bin file holds more than weights, and was not run"
         why = f"can't be loaded ({reason(error)[:200]})"
         raise BaseModelError(f"the base's {folder} {why}: get the base again") from None
 

@@ -19,6 +19,7 @@ SMALL = ["model_index.json", "*/*config.json", "tokenizer/*"]  # what is fetched
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "(?:pytorch_)?model"}
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."  # in a single file
 WIDTHS = {1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL's refiner", 2048: "Stable Diffusion XL"}  # of texts
+SINGLE, PIECE = (".safetensors", ".ckpt"), re.compile(r"-\d{5}-of-\d{5}")
 NEEDED = "this program needs Stable Diffusion 1.5, or what was made from it, with its text encoder and VAE"
 
 
@@ -46,11 +47,12 @@ def find_configs(pretrained_model: str, is_optional: bool = False) -> Path | Non
 
     Raises:
         Unreachable: neither on this machine nor to be downloaded.
-        BaseModelError: it is something else than a base of SD 1.5's kind, or parts are missing, damaged or at odds.
+        BaseModelError: it is something else than a base of SD 1.5's kind, or parts are missing, damaged or at odds; in
+            a folder the weights, too.
     """
     wanted, folder = f"pretrained_model={pretrained_model!r}", Path(pretrained_model)
     file = single_file(pretrained_model)
-    tensors = _look_into(file, wanted) if file else {}
+    tensors = _header(file, wanted) if file else {}
     if file and (kind := _kind_of_file(tensors)):
         raise BaseModelError(f"{wanted} is {kind}: {NEEDED}")
     try:
@@ -65,6 +67,8 @@ def find_configs(pretrained_model: str, is_optional: bool = False) -> Path | Non
     _check_configs(folder, wanted)
     if file:
         _compare(tensors, folder, wanted)
+    elif folder == Path(pretrained_model):
+        check_weights(folder)
     return folder
 
 
@@ -83,8 +87,8 @@ def find_base(pretrained_model: str, cache_dir: str | Path, log=print) -> Path:
             names = HfApi().list_repo_files(pretrained_model)
         except Exception:  # no network: what is in the cache has to do
             names = [str(path.relative_to(configs)) for path in configs.glob("*/*")]
-        configs = _fetch(pretrained_model, SMALL + [file for part in WEIGHTS if (file := _weights(part, names))])
-    check_weights(configs)
+        configs = _fetch(pretrained_model, SMALL + [file for part in WEIGHTS for file in _weights(part, names)])
+        check_weights(configs)
     return configs
 
 
@@ -94,12 +98,20 @@ def single_file(pretrained_model: str) -> Path | None:
     Raises BaseModelError: it isn't there, or the folder holds several.
     """
     path, wanted = Path(pretrained_model), f"pretrained_model={pretrained_model!r}"
-    if path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir():
+    in_pieces = f"{wanted} is one model in pieces: get it in one file, or as a diffusers folder"
+    if path.is_file() and path.suffix.lower() not in SINGLE:
+        kinds = f"{' or '.join(SINGLE)} file, a diffusers folder or a hub id"
+        raise BaseModelError(f"{wanted} is a {path.suffix or 'nameless'} file: a base is a {kinds}")
+    if path.suffix.lower() in SINGLE and not path.is_dir():
         if not path.is_file():
             raise BaseModelError(f"{wanted} is not there: correct the path")
+        if PIECE.search(path.stem):
+            raise BaseModelError(in_pieces)
         return path
     if path.is_dir() and not (path / "unet").is_dir() and not (path / "model_index.json").is_file():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".safetensors", ".ckpt"))
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SINGLE)
+        if any(PIECE.search(file.stem) for file in files):
+            raise BaseModelError(in_pieces)
         if len(files) > 1:
             names = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
             raise BaseModelError(f"{wanted} holds {len(files)} checkpoints ({names}): name one of them")
@@ -115,6 +127,16 @@ def about(pretrained_model: str) -> str:
     return f"Base: {pretrained_model}, {where}"
 
 
+def schedule_of(pretrained_model: str, base: Path, declared: str) -> str:
+    """The file in which to change what the base is declared to predict; of a converted one, that from which it came."""
+    file, schedule = single_file(pretrained_model), CONFIGS[4]
+    if file is None:
+        return str(base / schedule)
+    if not _missing(file.parent) and read_config(file.parent / schedule).get("prediction_type", "epsilon") == declared:
+        return str(file.parent / schedule)
+    return f"{base / schedule} (the converted copy of {file.name}, which must stay there)"
+
+
 def read_config(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
@@ -128,14 +150,17 @@ def reason(error) -> str:
 
 
 def _fetch(name: str, patterns: list[str]) -> Path:
-    """Files of a hub's repository, in the hub's own cache. Raises Unreachable."""
-    from huggingface_hub import snapshot_download
+    """Files of a hub's repository, in the hub's own cache. Raises Unreachable; BaseModelError: no such id can be."""
+    from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises a dozen kinds
-        why = f"pretrained_model={name!r} is no local file or folder and can't be downloaded ({reason(error)})"
-        raise Unreachable(f"{why}: name a diffusers folder or a .safetensors file, or try --demo") from None
+        kind, why = Unreachable, " and can't be downloaded"
+        if isinstance(error, errors.HFValidationError):
+            kind, why = BaseModelError, ", nor a hub id"
+        why = f"pretrained_model={name!r} is no local file or folder{why} ({reason(error)})"
+        raise kind(f"{why}: name a diffusers folder or a .safetensors file, or try --demo") from None
 
 
 def _missing(folder: Path) -> list[str]:
@@ -238,74 +263,83 @@ def check_fits(config, base: Path | None) -> None:
 # Weights ---------------------------------------------------------------------------------------------------------
 
 
-def _weights(part: str, names: list[str]) -> str | None:
-    """The file of a part's weights to read, of those there: safetensors before a pickle, plain before fp16."""
-    found = [(re.fullmatch(rf"{part}/{WEIGHTS[part]}(\.\w+)?\.(safetensors|bin)", name), name) for name in names]
-    ranked = [(match[2] == "bin", match[1] is not None, match[1] != ".fp16", name) for match, name in found if match]
-    return min(ranked)[-1] if ranked else None
+def _weights(part: str, names: list[str]) -> list[str]:
+    """The files of a part's weights to read, of those there: safetensors before a pickle, plain before fp16.
+
+    That is one file, or an index and its pieces. Of both diffusers reads the index, transformers the file.
+    """
+    found = []
+    for name in names:
+        pattern = rf"{part}/({WEIGHTS[part]})(\.\w+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?"
+        if match := re.fullmatch(pattern, name):
+            stem, variant, kind, index = match[1], match[2] or match[5] or "", match[3], match[4]
+            piece = rf"{part}/{stem}({variant})?-\d+-of-\d+({variant})?\.{kind}"
+            pieces = [other for other in names if index and re.fullmatch(piece, other)]
+            order = (kind == "bin", variant != "", variant != ".fp16", bool(index) == (part == "text_encoder"))
+            found.append((*order, [name, *pieces]))
+    return min(found)[-1] if found else []
 
 
 def variant_of(folder: Path) -> str | None:
     """The `variant` under which diffusers finds the weights in a part's folder, "fp16" of model.fp16.safetensors."""
-    if any(folder.glob("*.index.json")):  # in several files
-        return None
-    names = [f"{folder.name}/{path.name}" for path in folder.iterdir()]
-    parts = (_weights(folder.name, names) or "").split("/")[-1].split(".")
-    return parts[1] if len(parts) == 3 else None
+    files = _weights(folder.name, [f"{folder.name}/{path.name}" for path in folder.iterdir()])
+    parts = set(Path(files[0]).name.split(".")[1:]) if files else set()
+    return next(iter(parts - {"safetensors", "bin", "index", "json"}), None)
 
 
 def check_weights(base: Path) -> None:
-    """A look at the weights' headers. Raises BaseModelError: some are missing, cut short, or in eight bits."""
+    """A look at the weights' headers. Raises BaseModelError: some are missing, damaged, or in eight bits."""
     for part in WEIGHTS:
-        name = _weights(part, [f"{part}/{path.name}" for path in (base / part).iterdir()])
-        if name is None and not any((base / part).glob("*.index.json")):
+        files = _weights(part, [f"{part}/{path.name}" for path in (base / part).iterdir()])
+        if files and files[0].endswith(".json"):
+            pieces = read_config(base / files[0]).get("weight_map")
+            files = sorted({f"{part}/{file}" for file in pieces.values()} if isinstance(pieces, dict) else ())
+        if not files:
             raise BaseModelError(f"the base's {base / part} has no weights: get the base again")
-        if name and name.endswith(".safetensors"):
-            _check_bits(_header(base / name, f"the base's {base / name}"), f"the base's {base / name}")
-
-
-def _check_bits(tensors: dict, what: str) -> None:
-    if any(kind.startswith(("f8", "float8")) for _, kind in tensors.values()):
-        raise BaseModelError(f"{what} is in fp8, too coarse to train on: get its fp16 version")
+        for file in files:
+            _header(base / file, f"the base's {base / file}")
 
 
 def _header(file: Path, what: str) -> dict[str, tuple[tuple, str]]:
-    """{name: (shape, dtype)} of a safetensors file. Raises BaseModelError."""
-    from safetensors import SafetensorError, safe_open
+    """{name: (shape, dtype)} of the tensors in a file, safetensors or a pickle, of which nothing is run.
 
+    What else a pickle holds has the dtype "". Raises BaseModelError: it can't be read, or trained on.
+    """
+    import torch  # here and below: the script's flags are checked before the seconds that this takes
+    from safetensors import safe_open
+
+    from lora_layers import read_pickle
+
+    is_pickle = file.suffix.lower() != ".safetensors"
     try:
-        with safe_open(file, "pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {name: (tuple(part.get_shape()), part.get_dtype().lower()) for name, part in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        why = f"can't be loaded, it is no safetensors file or cut short ({reason(error)[:80]})"
-        raise BaseModelError(f"{what} {why}: get the base again") from None
+        if is_pickle:
+            content = read_pickle(file)
+        else:
+            with safe_open(file, "pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                tensors = {name: (tuple(part.get_shape()), part.get_dtype().lower()) for name, part in slices.items()}
+    except Exception as error:  # whatever a damaged or hostile file makes the two parsers raise
+        why, remedy = f"cut short or no safetensors file ({reason(error)[:80]})", "get the base again"
+        if is_pickle:
+            why, remedy = "damaged, or holds more than weights, which was not run", f"{remedy}, as .safetensors"
+        raise BaseModelError(f"{what} can't be loaded: it is missing, {why}: {remedy}") from None
+    if is_pickle:
+        if not isinstance(content, dict):
+            raise BaseModelError(f"{what} holds a {type(content).__name__}, but no weights by name: get the base again")
+        tensors = {
+            str(name): (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+            if torch.is_tensor(value)
+            else ((), "")
+            for name, value in content.items()
+        }
+    for name, (_, kind) in tensors.items():
+        if name.endswith(("weight", "bias")) and kind and not re.fullmatch("b?f(loat)?(16|32|64)", kind):
+            kind = "fp8" if "f8" in kind or "float8" in kind else kind
+            raise BaseModelError(f"{what} is in {kind}, too coarse to train on: get its fp16 version")
+    return tensors
 
 
 # Single files ----------------------------------------------------------------------------------------------------
-
-
-def _look_into(file: Path, wanted: str) -> dict[str, tuple[tuple, str]]:
-    """{name: (shape, dtype)} of a checkpoint's tensors; of a pickle nothing is run. Raises BaseModelError."""
-    import torch  # here and below: the script's flags are checked before the seconds that this takes
-
-    if file.suffix.lower() == ".safetensors":
-        tensors = _header(file, wanted)
-    else:
-        try:
-            with open(file, "rb") as opened:
-                mmap = opened.read(2) == b"PK"
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-            content = content.get("state_dict", content)
-            tensors = {name: value for name, value in content.items() if torch.is_tensor(value)}
-            tensors = {
-                name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in tensors.items()
-            }
-        except Exception:  # whatever a damaged or hostile pickle makes torch raise
-            why = "can't be loaded: it is damaged, or holds more than weights, which was not run"
-            raise BaseModelError(f"{wanted} {why}: get it as .safetensors") from None
-    _check_bits(tensors, wanted)
-    return tensors
 
 
 def _kind_of_file(tensors: dict) -> str | None:
@@ -314,7 +348,9 @@ def _kind_of_file(tensors: dict) -> str | None:
     def some(*parts: str) -> bool:
         return any(part in name for name in tensors for part in parts)
 
-    if some("lora_", ".lora", "hada_w", "lokr_"):
+    if some("hada_w", "lokr_", "oft_", "boft_", "dora_scale"):
+        return "a LyCORIS network or a DoRA"
+    if some("lora_", ".lora"):
         return "a LoRA, which start_from goes on from"
     if some("emb_params", "string_to_param") or set(tensors) == {"clip_g", "clip_l"}:
         return "a textual inversion, an embedding"
@@ -371,7 +407,7 @@ def _convert(file: Path, configs: Path, cache_dir: Path, log) -> Path:
     log(f"Converting {file.name} into {final}, once ...")
     logging.disable_progress_bar()
     more_logging.disable_progress_bar()
-    tensors = _look_into(file, f"pretrained_model={str(file)!r}")
+    tensors = _header(file, str(file))
     kind = tensors[f"{UNET}input_blocks.0.0.weight"][1]
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(kind, getattr(torch, kind, torch.float32))
     parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
