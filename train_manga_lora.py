@@ -77,7 +77,7 @@ class TrainingConfig:
         "Manga face with spiky hair, confident expression, bold lineart, high contrast",
     )
     samples_per_prompt: int = 2  # seeds per prompt
-    sample_every_n_epochs: int = 5  # pictures every n epochs, and the base's before the first; 0 = off
+    sample_every_n_epochs: int = 5  # pictures every n epochs, and before the first; 0 = off
     sample_steps: int = 25  # denoising steps per picture (DPM-Solver++)
     guidance_scale: float = 7.5  # of the pictures; 1 = none
     save_every_n_epochs: int = 1  # checkpoints; 0 = only before pictures, at the end and when interrupted

@@ -17,7 +17,7 @@ Points = list[tuple[float, float]]
 
 
 class Metrics:
-    """metrics.csv over the epochs. history: (epoch, validation loss, its standard error), the base's first.
+    """metrics.csv over the epochs. history: (epoch, validation loss, its standard error), that before training first.
 
     Attributes: epoch: whole ones done. validation: Points. band: [(epoch, low, high)], a standard error around it.
     """

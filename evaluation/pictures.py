@@ -178,10 +178,15 @@ def is_sampled(epoch: int, config) -> bool:
     return bool(config.sample_prompts) and every > 0 and epoch % every == 0
 
 
+def start_of(config) -> str:
+    """What is drawn before the first epoch, in a word."""
+    return "start" if config.start_from else "base"
+
+
 def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
     """A sheet: up to OWN_WORDS held-out faces beside pictures drawn for their captions, then sample_prompts, all from
-    the run's seeds, so comparable. Epoch 0 is the base's. Beside it a folder of the pictures alone, which the report
-    shows.
+    the run's seeds, so comparable. Epoch 0 is the base's or, with start_from, the start's. Beside it a folder of the
+    pictures alone, which the report shows.
 
     On the main process, unless this epoch's is there already. A signal acts at once: the run that goes on draws it.
     """
@@ -206,7 +211,7 @@ def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
         if pictures := sparingly(draw, "drawing samples", run.device, run.log):
             real = [to_pixels(load_image(*dataset.cut(face))) for face in faces] + [None] * len(config.sample_prompts)
             rows = [[one, *pictures[each * number : each * (number + 1)]] for number, one in enumerate(real)]
-            titles = ["real face", f"epoch {epoch}", *[""] * (each - 1)]
+            titles = ["real face", f"epoch {epoch}" if epoch else start_of(config), *[""] * (each - 1)]
             rows, titles = (rows, titles) if faces else ([row[1:] for row in rows], titles[1:])
             captions = [dataset.texts[dataset.first_text[face]] for face in faces] + list(config.sample_prompts)
             write_album(file.with_suffix(""), [text for text in captions for _ in range(each)], pictures)

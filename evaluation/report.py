@@ -14,7 +14,7 @@ from string import Template
 import numpy as np
 
 from evaluation.curves import Metrics, chart
-from evaluation.pictures import to_webp
+from evaluation.pictures import start_of, to_webp
 from training.files import write_atomic
 from training.folder import REPORT
 from training.layouts import shown
@@ -61,7 +61,8 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
     about, best, scores = (_read(output / name) for name in ("config.json", "best.json", "scores.json"))
     summary = _read(output / "summary.json") if summary is None else summary
     best, scores = (best, scores) if summary else ({}, {})  # else of a former end, from which the run goes on
-    metrics, album, grid = Metrics(output, history or summary.get("validation", ())), Album(), Grid(output / "samples")
+    metrics, album = Metrics(output, history or summary.get("validation", ())), Album()
+    grid = Grid(output / "samples", start_of(config))
     losses = [loss for _, loss in metrics.validation]
     sentence = sentence or summary.get("verdict", "")
     reason = f"Epoch {best['epoch']} is the best: {best['reason']}" if best else ""
@@ -178,10 +179,13 @@ def _cards(album: Album, rows: list[list], titles: list[str], captions: list[str
 
 
 class Grid:
-    """The pictures in samples/. epochs: {epoch: {(prompt, which of its pictures): file}}; rows: of the newest epoch."""
+    """The pictures in samples/. epochs: {epoch: {(prompt, which of its pictures): file}}; rows: of the newest epoch;
+    start: what epoch 0 is.
+    """
 
-    def __init__(self, samples: Path):
+    def __init__(self, samples: Path, start: str):
         self.epochs: dict[int, dict] = {}
+        self.start = start
         for prompts in samples.glob("epoch-*/prompts.json"):
             epoch, drawn = prompts.parent.name[6:], {}
             if not epoch.isdigit() or not prompts.parent.with_suffix(".png").is_file():  # not ours, or half drawn
@@ -197,12 +201,12 @@ class Grid:
         self.rows = list(self.epochs[max(self.epochs)]) if self.epochs else []
 
     def before_after(self, album: Album) -> str:
-        """The base's pictures beside those of the newest epoch; "" until there are both."""
+        """The pictures before the first epoch beside those of the newest; "" until there are both."""
         if 0 not in self.epochs or len(self.epochs) < 2:
             return ""
         first, newest, both = self.epochs[0], max(self.epochs), [row for row in self.rows if row in self.epochs[0]]
         rows = [[first[row], self.epochs[newest][row]] for row in both]
-        return _cards(album, rows, ["base", f"epoch {newest}"], [text for text, _ in both])
+        return _cards(album, rows, [self.start, f"epoch {newest}"], [text for text, _ in both])
 
     def _size(self, epochs: set[int]) -> float:
         """Bytes of their pictures in the page."""
@@ -219,13 +223,13 @@ class Grid:
             cells = ""
             for column, epoch in enumerate(columns):
                 if row in self.epochs[epoch]:
-                    title, is_best = f"epoch {epoch}" if epoch else "base", " class=best" if epoch == best else ""
+                    title, is_best = f"epoch {epoch}" if epoch else self.start, " class=best" if epoch == best else ""
                     place = f'data-row="{number}" data-column="{column}" tabindex="{-(number + column > 0)}"'
                     picture = album.add(self.epochs[epoch][row], "")
                     place += f' style="grid-column:{column + 1}"'
                     cells += f"<button {place}{is_best}>{picture}<figcaption>{title}</figcaption></button>"
             lines += f'<div><p class="prompt">{_text(row[0])}</p><div class="strip">{cells}</div></div>\n'
-        told = "Arrow keys move; a click or Enter shows a picture beside the base's at full size."
+        told = f"Arrow keys move; a click or Enter shows a picture beside the {self.start}'s at full size."
         if len(columns) < len(self.epochs):
             told += f" Shown are {len(columns)} of {len(self.epochs)} epochs; all are in samples/."
         return lines and f'<p>{told}</p>\n<div class="scroll" style="--n:{len(columns)}">{lines}</div>\n'

@@ -68,7 +68,7 @@ def print_summary(summary: dict, config, state: TrainingState, run) -> None:
     if summary["stopped_epoch"]:
         run.log(f"Stopped early: no better validation loss in {config.early_stopping_patience} epochs")
     if summary["val_ratio"]:
-        gained = "never below the base's: lower learning_rate"
+        gained = "never below the start's: lower learning_rate"
         if converged := summary["converged_epoch"]:
             gained = f"converged after {converged} of {summary['epochs_run']} epochs (95 % of the gain)"
             gained = "still falling" if summary["still_falling"] else gained

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.measures import STROKES, squashed
-from evaluation.pictures import FEWEST
+from evaluation.pictures import FEWEST, start_of
 
 HARDLY = 0.2  # of the difference between two of the base's pictures: the LoRA changes less than that
 LITTLE = 0.6  # of that difference: what is wrong then is the base's still, not yet the LoRA's
@@ -26,7 +26,7 @@ class Facts:
     moved: mean difference of the LoRA's pictures from the base's of the same prompt and seed, over that of two of the
     base's; style: share of its points; whole: share of the pictures that pass as whole faces, and of held-out faces;
     copied: different training faces that pictures copy; copies: share of the pictures; better: {epoch: share of whole
-    faces} of other kept epochs; losses: (before training, lowest).
+    faces} of other kept epochs; losses: (before training, lowest); start: what it was before.
     """
 
     learning_rate: float
@@ -35,6 +35,7 @@ class Facts:
     faces: int
     held_out: int
     losses: tuple[float, float] | None = None
+    start: str = "base"
     is_falling: bool = False
     score: float | None = None
     moved: float | None = None
@@ -54,6 +55,7 @@ def verdict(facts: Facts) -> str:
     if facts.styles:
         also += [f" The faces are of two styles ({facts.styles[0]} and {facts.styles[1]}): train them apart."]
     worse = facts.losses is not None and facts.losses[1] >= facts.losses[0]
+    than = facts.start if worse else "base"
     little = facts.moved is not None and facts.moved < LITTLE
     if little and (facts.moved < HARDLY or (facts.style is not None and facts.style < NOT_LEARNT)):
         main = f"Hardly differs from the base: raise {rate} or num_train_epochs ({facts.epochs})."
@@ -64,7 +66,7 @@ def verdict(facts: Facts) -> str:
         remedy = f"set validation_share = {share:g}" if share <= MOST_HELD_OUT else "add faces"
         main = f"Too few faces to judge: {facts.held_out} held out, {FEWEST} are needed: {remedy}. Believe your eyes."
     elif worse or (facts.score is not None and facts.score < 0):
-        main = f"Worse than the base: lower {rate}, to a quarter."
+        main = f"Worse than the {than}: lower {rate}, to a quarter."
     elif facts.style is None:
         main = "Learnt, by the validation loss; no pictures were drawn to judge."
     else:
@@ -148,6 +150,7 @@ def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=
         "faces": len(dataset.train),
         "held_out": len(dataset.validation),
         "losses": (state.start_loss, state.best.loss) if state.best else None,
+        "start": start_of(config),
         "is_falling": len(losses) > 2 and is_falling(losses),
         "same_captions": len({caption for face in faces.values() for caption in face.captions}) == 1 < len(faces),
         "styles": None,

@@ -88,7 +88,7 @@ def test_a_training_that_never_beats_the_base_ends_and_says_so(tiny_config, monk
     monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.05))
     summary = run(tiny_config)
     assert (summary["converged_epoch"], summary["best_epoch"]) == (None, 2)
-    assert "never below the base's: lower learning_rate" in capsys.readouterr().out
+    assert "never below the start's: lower learning_rate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ GOOD = Facts(
         ),
         ({"score": -1.2}, "Worse than the base: lower learning_rate (5e-05), to a quarter."),
         ({"losses": (0.07, 0.08)}, "Worse than the base"),
+        ({"losses": (0.07, 0.08), "start": "start"}, "Worse than the start: lower"),
+        ({"score": -1.2, "start": "start"}, "Worse than the base: lower"),  # its 0 is the base's
         ({"style": 0.3}, "Style learnt in part, faces intact. Raise learning_rate (5e-05) a little."),
         ({"style": None, "moved": None, "whole": None, "score": None}, "Learnt, by the validation loss; no pictures"),
         ({"same_captions": True}, "faces intact. All captions are the same, so prompts make no difference."),
