@@ -262,7 +262,7 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         with run.main_process_first():
             configs = bases.find_configs(config.pretrained_model, is_optional=config.dry_run)
         bases.check_fits(config, configs)
-        read_start(config)
+        read_start(config, configs)
         dataset = MangaFaceDataset.from_config(config, bases.resolution_unit(configs))
 
         # Is there a run in the folder already?

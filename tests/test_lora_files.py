@@ -283,7 +283,10 @@ STRANGE = {name.replace("mid_block", "joint_blocks"): tensor for name, tensor in
 REFUSED = {  # what is in the file, words of the message
     "a base": ({"model.diffusion_model.out.2.bias": torch.ones(4)}, "is no LoRA, but a base model: name it as --pretr"),
     "a UNet": ({"down_blocks.0.resnets.0.conv1.bias": torch.ones(4)}, "is no LoRA, but part of a base model"),
-    "a VAE": ({"first_stage_model.decoder.conv_in.bias": torch.ones(4)}, "is no LoRA, but a base model"),
+    "a VAE": (
+        {"first_stage_model.decoder.conv_in.bias": torch.ones(4)},
+        "is no LoRA, but part of a base model, a UNet",
+    ),
     "diffusers' VAE": ({"decoder.conv_in.bias": torch.ones(4)}, "is no LoRA, but part of a base model"),
     "an embedding": ({"emb_params": torch.ones(3, 768)}, "is no LoRA, but an embedding"),
     "diffusers' embedding": ({"<manga>": torch.ones(768)}, "is no LoRA, but an embedding"),
@@ -362,7 +365,7 @@ def test_what_can_not_be_read_is_told_in_one_line(pipe, tmp_path, tiny_base):
     assert "is no LoRA file" in refusal(pipe, file.with_suffix(".png"))
     embedding = {"string_to_param": {"*": torch.ones(3, 768)}, "name": "manga"}
     torch.save(embedding, file.with_suffix(".pt"))
-    assert "string_to_param" in refusal(pipe, file.with_suffix(".pt"))
+    assert "is no LoRA, but an embedding (textual inversion): name a LoRA" in refusal(pipe, file.with_suffix(".pt"))
     assert "is a base model" in refusal(pipe, tiny_base)
     assert "part of a base model" in str(refusal(pipe, tiny_base / "unet" / "diffusion_pytorch_model.safetensors"))
     (tmp_path / "empty").mkdir()

@@ -1,17 +1,23 @@
 """Going on from a LoRA that is there: the same correction in every layout, and what can't be taken. CPU, offline."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import exported, run, signal_at_step, small_config
 from safetensors.torch import load_file, save_file
 from test_bad_input import exit_of, flags, snapshot
 
+import train_manga_lora as trainer
+from dataset import MangaFaceDataset
+from evaluation import pictures
+from evaluation.score import Evaluation
 from lora_layers import inject_lora, lora_modules, save_lora_weights
-from training.base_model import load_unet
+from training.base_model import load_tokenizer, load_unet
 from training.checkpoint import CheckpointError
 from training.files import Interrupted
 from training.lora_files import start_from
@@ -113,9 +119,24 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("kind", [*STRANGE, "rank", "shape", "a base", "a text", "torn", "nothing"])
-def test_what_can_not_be_gone_on_from_says_what_it_is(script, place, tiny_base, trained, kind):
-    tensors, file, said = load_file(trained), place / "start.safetensors", "start.safetensors"
+ALONE = {  # what else is in a file -> what is said of it
+    "a base": ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}, "is no LoRA, but a base model: name"),
+    "a VAE": ({"first_stage_model.decoder.conv_in.weight": torch.ones(1)}, "but part of a base model, a UNet, VAE or"),
+    "an embedding": (
+        {"emb_params": torch.ones(3, 16)},
+        "is no LoRA, but an embedding (textual inversion): name a LoRA",
+    ),
+    "a LoHa": ({"lora_unet_mid_block.hada_w1_a": torch.ones(4, 16)}, "a LyCORIS network other than a LoRA"),
+}
+MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize("dry_run", [True, False], ids=["dry run", "run"])
+@pytest.mark.parametrize(
+    "kind", [*STRANGE, *ALONE, "rank", "ranks", "rank 0", "DoRA", "shape", "base.ckpt", "a text", "torn", "nothing"]
+)
+def test_what_can_not_be_gone_on_from_says_what_it_is(script, place, tiny_base, trained, kind, dry_run):
+    tensors, file, said = load_file(trained), place / "start.safetensors", ""
     if kind in STRANGE:
         module, said = STRANGE[kind]
         tensors |= {f"{module}.lora_down.weight": torch.ones(4, 16), f"{module}.lora_up.weight": torch.ones(16, 4)}
@@ -129,8 +150,18 @@ def test_what_can_not_be_gone_on_from_says_what_it_is(script, place, tiny_base, 
     elif kind == "shape":
         name = next(name for name in tensors if "attn2_to_k.lora_down" in name)
         tensors, said = tensors | {name: torch.ones(4, 7)}, "is another model's"
-    elif kind == "a base":
-        tensors, said = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}, "is no LoRA, but a base model"
+    elif kind in ALONE:
+        tensors, said = ALONE[kind]
+    elif kind in ("ranks", "rank 0"):
+        rank, said = {"ranks": (2, "has ranks 2 and 4; one rank is needed"), "rank 0": (0, "is damaged, with lay")}[
+            kind
+        ]
+        tensors |= {
+            f"{MODULE}.lora_down.weight": torch.ones(rank, 16),
+            f"{MODULE}.lora_up.weight": torch.ones(16, rank),
+        }
+    elif kind == "DoRA":
+        tensors, said = tensors | {f"{MODULE}.dora_scale": torch.ones(16)}, "not only a LoRA; name a plain one"
     save_file(tensors, file)
     if kind == "a text":
         file.write_text("version https://git-lfs")
@@ -138,10 +169,38 @@ def test_what_can_not_be_gone_on_from_says_what_it_is(script, place, tiny_base, 
         file.write_bytes(file.read_bytes()[:1000])
     elif kind == "nothing":
         file.unlink()
-    before = {path: content for path, content in snapshot(place).items() if "cache" not in str(path)}
-    code, message = exit_of(script, flags(place, tiny_base, "--lora_rank", "4", "--start_from", str(file)))
-    assert code == 2 and said in message and len(message.splitlines()) == 1 and "keys differ" not in message, message
-    assert {path: content for path, content in snapshot(place).items() if "cache" not in str(path)} == before
+    elif kind == "base.ckpt":
+        file, said = place / "base.ckpt", "is no LoRA, but a base model: name it as --pretrained_model"
+        torch.save({"state_dict": ALONE["a base"][0], "global_step": 7}, file)
+    before, more = snapshot(place), ["--dry_run"] * dry_run
+    code, message = exit_of(script, flags(place, tiny_base, "--lora_rank", "4", "--start_from", str(file), *more))
+    assert code == 2 and said in message and len(message.splitlines()) == 1, message
+    assert message.startswith(f"start_from={str(file)!r}") and message.count(file.name) == 1, message
+    assert "keys differ" not in message and "score" not in message and snapshot(place) == before, message
+
+
+def test_score_0_stays_the_base_without_the_lora(tmp_path, shared_faces, tiny_base, trained):
+    prompts = {"sample_prompts": ("a face",), "samples_per_prompt": 1, "sample_steps": 2}
+    config = small_config(tmp_path, shared_faces, tiny_base, **prompts)
+    dataset = MangaFaceDataset.from_config(config)
+    dataset.make_texts(load_tokenizer(tiny_base))
+    going_on = dataclasses.replace(config, start_from=str(trained))
+    drawn = [Evaluation(of, dataset, tiny_base, CPU).of_base.features.pixels for of in (config, going_on)]
+    assert all(map(np.array_equal, *drawn))
+
+
+def test_epoch_0_is_called_the_start_where_there_is_one(tmp_path, faces, tiny_base, trained, monkeypatch):
+    titles, prompts = [], {"sample_prompts": ("a face",), "samples_per_prompt": 1, "sample_every_n_epochs": 1}
+    sheet = pictures.contact_sheet
+    monkeypatch.setattr(pictures, "contact_sheet", lambda rows, of, texts: titles.append(of) or sheet(rows, of, texts))
+    config = small_config(tmp_path, faces, tiny_base, num_train_epochs=1, sample_steps=2, **prompts)
+    for start, called in (("", "base"), (str(trained), "start")):
+        config = dataclasses.replace(config, start_from=start, output_dir=str(tmp_path / called))
+        titles.clear()
+        trainer.main(config)
+        assert [of[-1] for of in titles[:2]] == [called, "epoch 1"]
+        page = Path(config.output_dir, "report.html").read_text(encoding="utf-8")
+        assert f"<figcaption>{called}</figcaption></button>" in page and f"beside the {called}'s at full size" in page
 
 
 def test_new_faces_go_on_from_the_last_epoch_in_another_folder_as_the_message_says(

@@ -68,6 +68,18 @@ def load_tokenizer(base: Path):
     return tokenizer
 
 
+def unet_without_weights(base: Path):
+    """The UNet of the base's config, on no device: its layers' names and shapes. Raises BaseModelError."""
+    from diffusers import UNet2DConditionModel
+
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / "unet"))
+    except Exception as error:  # whatever a damaged config makes diffusers raise
+        why = f"makes no UNet ({reason(error)[:200]})"
+        raise BaseModelError(f"the base's {base / 'unet' / 'config.json'} {why}: get the base again") from None
+
+
 def load_unet(base: Path, device: torch.device, dtype: torch.dtype):
     """(UNet in `dtype`, the noise schedule it was trained with). Raises BaseModelError: they are damaged."""
     from diffusers import DDPMScheduler, UNet2DConditionModel

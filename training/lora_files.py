@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from lora_layers import lora_modules, read_tensors
+from lora_layers import inject_lora, lora_modules, read_pickle
+from training.base_model import unet_without_weights
 from training.files import InputError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,11 +24,12 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 END = re.compile(r"(.+?)[._]lora[._](?:linear_layer\.)?(down|up|A|B)(?:\.default(?:_0)?)?\.weight")
 # What other files hold: the start of a tensor's name -> what that is, and what to do with it
 BASE = "a base model: name it as --pretrained_model"
+PARTS = "first_stage_model|conv_in|down_blocks|mid_block|up_blocks|text_model|encoder|decoder|quant_conv"
 OTHERS = {
-    r"(model\.diffusion_model|cond_stage_model|first_stage_model)\.": BASE,
-    r"(conv_in|down_blocks|mid_block|up_blocks|text_model|encoder|decoder|quant_conv)\.": f"part of {BASE}",
-    r"emb_params$|string_to_param|<": "an embedding (textual inversion), which this program can't score",
-    r".*\.(hada|lokr|oft|boft)_": "a LyCORIS network other than a LoRA, which diffusers can't load",
+    r"(model\.diffusion_model|cond_stage_model)\.": BASE,
+    rf"({PARTS})\.": "part of a base model, a UNet, VAE or text encoder: name a LoRA",
+    r"emb_params$|string_to_param|<": "an embedding (textual inversion): name a LoRA",
+    r".*\.(hada|lokr|oft|boft)_": "a LyCORIS network other than a LoRA, which diffusers can't load: name a LoRA",
 }
 WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}  # of the text that attention reads
 
@@ -82,7 +84,8 @@ def read_lora(file: Path) -> dict[str, Part]:
             rest.append(key)
     rest += [f"{module}.alpha" for module in alphas.keys() - ends.keys()]
     if rest:
-        raise InputError(f"{file} holds {min(rest)!r:.100}, which diffusers leaves out or refuses: not only a LoRA")
+        why = "which diffusers leaves out or refuses: not only a LoRA; name a plain one"
+        raise InputError(f"{file} holds {min(rest)!r:.100}, {why}")
     parts = {}
     for module, pair in ends.items():
         if pair.keys() != {"down", "up"}:
@@ -111,8 +114,13 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
                 if any(map(END.fullmatch, names)):
                     tensors = {name: opened.get_tensor(name) for name in names}
         else:
-            tensors = {str(name): tensor for name, tensor in read_tensors(file, ".bin").items()}
-            names = list(tensors)
+            content = read_pickle(file)
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds a {type(content).__name__}, but no weights by name")
+            names = list(map(str, content))
+            if any(map(END.fullmatch, names)):  # copies, since Windows can't rename a mapped file
+                tensors = {str(name): value.clone() for name, value in content.items() if torch.is_tensor(value)}
+            del content
         if file.name.startswith("adapter_model"):
             header = json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))
         elif "lora_adapter_metadata" in header:
@@ -121,7 +129,7 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
         reason = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"{file}: ")[:200]
         raise InputError(f"{file} can't be read as a LoRA ({reason}): get it again") from None
     if not any(map(END.fullmatch, names)):
-        what = next((what for name in names for start, what in OTHERS.items() if re.match(start, name)), None)
+        what = next((what for start, what in OTHERS.items() for name in names if re.match(start, name)), None)
         what = what or (f"something else: its first tensor is {min(names)!r:.100}" if names else "empty")
         raise InputError(f"{file} is no LoRA, but {what}")
     return tensors, header if isinstance(header, dict) else {}
@@ -213,17 +221,21 @@ def put_on(pipe, fitted: dict[str, dict[str, Part]]) -> None:
             loaders[name](state, _pipeline=pipe, **options)
 
 
-def read_start(config) -> dict[str, Part]:
-    """The layers of the LoRA that start_from names, {} if it names none.
+def read_start(config, base: Path | None = None) -> dict[str, Part]:
+    """The layers of the LoRA that start_from names, {} if it names none. base: a folder with the base's configs.
 
-    Raises InputError: it can't be read, holds layers that aren't trained here, or has another rank than lora_rank.
+    Raises InputError: it can't be read, holds layers that aren't trained here, has another rank than lora_rank, or is
+    for another model than the base.
     """
     file, where = Path(config.start_from), f"start_from={config.start_from!r}"
     if not config.start_from:
         return {}
     if not file.is_file():
         raise InputError(f"{where} is no file here: name the LoRA to go on from")
-    parts = read_lora(file)
+    try:
+        parts = read_lora(file)
+    except InputError as error:
+        raise InputError(f"{where}{str(error).removeprefix(str(file))}") from None
     kinds = {"text-encoder": "lora_te", "feed-forward": ".*_ff_net_", "projection": ".*_proj_(in|out)$"}
     kinds |= {"convolution": ".*(_conv|resnets)"}
     strange = {kind: [name for name in parts if re.match(pattern, name)] for kind, pattern in kinds.items()}
@@ -231,26 +243,34 @@ def read_start(config) -> dict[str, Part]:
         what = f"{' and '.join(found)} modules ({sum(map(len, strange.values()))} of {len(parts)})"
         why = f"holds {what}, which this program doesn't train"
         raise InputError(f"{where} {why}: name a LoRA of the UNet's attention alone")
-    if ranks := {part.down.shape[0] for part in parts.values() if part.down.ndim} - {config.lora_rank}:
-        why = f"has rank {min(ranks)}, and lora_rank is {config.lora_rank}"
-        raise InputError(f"{where} {why}: set lora_rank={min(ranks)}, or name another file")
+    ranks = sorted({(*part.down.shape, 0)[0] for part in parts.values()})
+    if 0 in ranks:
+        raise InputError(f"{where} is damaged, with layers of rank 0: get it again")
+    if len(ranks) > 1:
+        several = f"{', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+        raise InputError(f"{where} has ranks {several}; one rank is needed: name another file")
+    if ranks[0] != config.lora_rank:
+        why = f"has rank {ranks[0]}, and lora_rank is {config.lora_rank}"
+        raise InputError(f"{where} {why}: set lora_rank={ranks[0]}, or name another file")
+    if base:
+        unet = unet_without_weights(base)
+        inject_lora(unet, config.lora_rank)
+        layers = lora_modules(unet)
+        for name, (down, up, _) in parts.items():
+            layer = layers.get(name)
+            if not layer or down.numel() != layer.down_weight.numel() or up.numel() != layer.up_weight.numel():
+                why = f"is another model's: {name:.100} is {list(up.shape)} x {list(down.shape)}"
+                raise InputError(f"{where} {why}, which doesn't fit this base: name the base that it is for")
     return parts
 
 
 def start_from(unet, config) -> str:
-    """Put that LoRA's weights into those that are injected into the UNet; returns a line that says what was done.
+    """Put that LoRA, which was checked, into the one injected into the UNet; returns a line that says what was done.
 
     Its alpha may differ: up is rescaled so that the correction, alpha / rank * up @ down, is the same. Layers that it
     leaves out begin anew, that is, without a correction.
-
-    Raises InputError: see read_start(); or it is another model's.
     """
     parts, layers = read_start(config), lora_modules(unet)
-    for name, (down, up, _) in parts.items():
-        layer = layers.get(name)
-        if not layer or down.numel() != layer.down_weight.numel() or up.numel() != layer.up_weight.numel():
-            why = f"is another model's: {name} is {list(up.shape)} x {list(down.shape)}, which doesn't fit this base"
-            raise InputError(f"start_from={config.start_from!r} {why}")
     with torch.no_grad():
         for name, (down, up, alpha) in parts.items():
             layer = layers[name]

@@ -40,7 +40,6 @@ def build_model(config, base: Path, device: torch.device, dtype: torch.dtype, lo
 
     Raises:
         BaseModelError: the base's UNet can't be loaded.
-        InputError: start_from is no LoRA to go on from.
         Stop(2): xformers is asked for, there, and broken.
     """
     unet, scheduler = load_unet(base, device, dtype)
