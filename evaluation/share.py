@@ -18,7 +18,10 @@ from training.checkpoint import LORA_FILES
 from training.files import discard, rename_with_retries, temporary_beside, write_atomic
 from training.labels import DEMO, base_name
 
-HUB_TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "manga"]
+HUB_TAGS = ["text-to-image", "diffusers", "lora", "manga"]
+SD15_TAGS = ["stable-diffusion", "stable-diffusion-diffusers"]  # besides, where they are true
+PROGRAMS = """With another base that it fits, name that one. For A1111, Forge and ComfyUI take `{name}.safetensors` and
+what else bears that name; the prompt takes `<lora:{name}:1>`."""
 
 
 def examples(evaluation, score) -> list[tuple[str, np.ndarray]]:
@@ -76,7 +79,10 @@ def model_card(config, labels: dict, images: dict[str, str], summary: dict) -> s
     data = {"license": labels["modelspec.license"], "library_name": "diffusers", "pipeline_tag": "text-to-image"}
     data |= {"base_model": None if is_local else named, "instance_prompt": config.trigger_word or "manga face"}
     data |= {"widget": [{"text": prompt, "output": {"url": url}} for url, prompt in images.items()] or None}
-    values = {"header": ModelCardData(tags=HUB_TAGS, **data).to_yaml(), "config": config, "labels": labels}
+    is_sd15 = labels["ss_base_model_version"] == "sd_v1"
+    tags = SD15_TAGS * is_sd15 + HUB_TAGS
+    values = {"header": ModelCardData(tags=tags, **data).to_yaml(), "config": config, "labels": labels}
+    values |= {"programs": PROGRAMS.format(name=config.lora_name) if is_sd15 else ""}
     values |= {"pictures": " ".join(f"![a face drawn with it]({url})" for url in images), "summary": summary}
     values |= {"artists": "; its artists are named in LICENSES.md" if named == DEMO else ""}
     values |= {"python": "\n".join(_python(config, named, LORA_FILES[1]))}

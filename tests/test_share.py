@@ -51,9 +51,7 @@ def test_the_hub_s_own_parser_accepts_the_card_and_finds_all_in_it(shared):
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
     assert (data["license"], data["library_name"], data["instance_prompt"]) == ("other", "diffusers", "sks style")
-    assert {"lora", "text-to-image", "stable-diffusion"} <= set(data["tags"]) and data[
-        "pipeline_tag"
-    ] == "text-to-image"
+    assert {"lora", "text-to-image"} <= set(data["tags"]) and data["pipeline_tag"] == "text-to-image"
     assert [entry["text"] for entry in data["widget"]] == list(config.sample_prompts)
     for entry in data["widget"]:
         assert Image.open(folder / entry["output"]["url"]).size == (64, 64)
@@ -67,12 +65,24 @@ def test_the_card_names_a_base_of_the_hub_and_the_demo_s_artists(shared, model, 
     config, _, _ = shared
     config = dataclasses.replace(config, pretrained_model=model)
     labels = dict.fromkeys(("modelspec.license", "modelspec.description"), "x")
-    labels |= {"ss_num_train_images": 3, "modelspec.resolution": "64x64"}
+    labels |= {"ss_num_train_images": 3, "modelspec.resolution": "64x64", "ss_base_model_version": "sd_v1"}
     card = share.model_card(config, labels, {}, {"best_epoch": 1, "epochs_run": 1})
     data = yaml.safe_load(card.split("---")[1])
     assert (data.get("base_model"), "widget" in data) == (expected, False)
     assert ("LICENSES.md" in card) == (expected is None) and str(ROOT) not in card
     assert f"from_pretrained({expected or 'demo/base'!r})" in card
+
+
+def test_a_card_sends_to_uis_only_what_they_can_load(shared):
+    config, folder, _ = shared
+    labels = dict.fromkeys(("modelspec.license", "modelspec.description", "modelspec.resolution"), "x")
+    labels |= {"ss_num_train_images": 3, "ss_base_model_version": "sd_v1"}
+    of_sd15 = share.model_card(config, labels, {}, {"best_epoch": 1, "epochs_run": 1})
+    for card, fits in ((of_sd15, True), ((folder / "README.md").read_text(encoding="utf-8"), False)):
+        assert [word in card for word in ("A1111", "ComfyUI", "<lora:my_style:1>")] == [fits] * 3
+        tags = yaml.safe_load(card.split("---")[1])["tags"]
+        assert [tag for tag in tags if "stable-diffusion" in tag] == share.SD15_TAGS * fits
+        assert "Download this folder and run this in it; it needs diffusers and peft." in card
 
 
 def test_pictures_are_generated_ones_and_copies_of_training_faces_are_left_out(shared, monkeypatch, tmp_path):
