@@ -85,7 +85,7 @@ class TrainingConfig:
 
     seed: int = 0  # of everything random
     num_workers: int = 2  # threads that read images; 0 = none
-    cache_dir: str = ".cache"  # latents and text embeddings, by content; safe to delete
+    cache_dir: str = ".cache"  # latents, text embeddings, converted bases; made again if deleted
 
     demo: bool = False  # the embedded faces and model instead of yours
     dry_run: bool = False  # report on the data set and the plan; writes dataset.html alone
@@ -399,7 +399,9 @@ def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: 
     if found is None:
         return
     if not epoch:  # the base as it is: does it fit?
-        check_prediction(model.unet, model.scheduler, rest, found[0], run.base, run.log)
+        declared = model.scheduler.config.prediction_type
+        where = bases.schedule_of(config.pretrained_model, run.base, declared)
+        check_prediction(model.unet, model.scheduler, rest, found[0], where, run.log)
     if held_out and not math.isfinite(found[0]):
         raise Stop(4, f"the validation loss after epoch {epoch} is {found[0]}. {NOTHING_EXPORTED}")
     if held_out:

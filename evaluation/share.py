@@ -61,6 +61,8 @@ def use_it(run, config, base: Path) -> str:
     named = str(base) if single_file(config.pretrained_model) else config.pretrained_model
     python = "; ".join(_python(config, named, str(run.output / LORA_FILES[1]), run.device.type))
     skip = f"   (Clip skip: {config.clip_skip})" if config.clip_skip > 1 else ""
+    if single_file(config.pretrained_model):
+        python += f"  # {base} is the converted copy: keep it while you use this"
     prompt = f"<lora:{config.lora_name}:1> {' '.join(_prompt(config).split())}{skip}"
     node = f'"Load LoRA" between checkpoint and sampler, {config.lora_name}.safetensors, strength 1'
     node += f'; "CLIP Set Last Layer" {-config.clip_skip}' if config.clip_skip > 1 else ""

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, metrics, run, small_config
+from original_layout import original_layout
+from safetensors.torch import save_file
 
 import train_manga_lora as trainer
 from dataset import MangaFaceDataset
@@ -234,6 +237,27 @@ def test_a_base_that_declares_the_wrong_prediction_type_is_stopped_before_step_o
     assert metrics(config) == [] and not Path(config.output_dir, "checkpoints").exists()
     shutil.copytree(ROOT / "demo" / "base" / "scheduler", base / "scheduler", dirs_exist_ok=True)  # as it says
     assert run(config, num_train_epochs=1)["optimizer_steps"] > 0
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_a_single_file_s_prediction_type_is_set_beside_it_or_in_the_copy_that_is_named(demo_base_as, tmp_path, faces):
+    base = demo_base_as(prediction_type="v_prediction")
+    tensors = original_layout(base)
+    for folder in ("beside", "flagged"):  # a file that says v itself is not moved by what lies beside it
+        shutil.copytree(base, tmp_path / folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(ROOT / "demo" / "base" / "scheduler", tmp_path / folder / "scheduler", dirs_exist_ok=True)
+    shutil.copytree(base / "scheduler", tmp_path / "beside" / "scheduler", dirs_exist_ok=True)
+    save_file(tensors, tmp_path / "beside" / "anime.safetensors")
+    save_file(tensors | {"v_pred": torch.tensor([])}, tmp_path / "flagged" / "anime.safetensors")
+    for folder in ("beside", "flagged"):
+        config = small_config(tmp_path / f"run {folder}", faces, tmp_path / folder / "anime.safetensors")
+        with pytest.raises(BaseModelError) as caught:
+            run(config, num_train_epochs=1)
+        file, must_stay = re.search(r": in (.*json)(.*) set ", str(caught.value)).groups()
+        expected = tmp_path / "beside" if folder == "beside" else Path(config.cache_dir, "bases")
+        assert Path(file).is_relative_to(expected) and ("must stay" in must_stay) == (folder == "flagged")
+        Path(file).write_text(Path(file).read_text().replace('"v_prediction"', '"epsilon"'))
+        assert run(config, num_train_epochs=1)["optimizer_steps"] > 0
 
 
 @pytest.mark.usefixtures("as_shipped")

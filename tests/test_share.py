@@ -166,6 +166,19 @@ def test_the_prompt_for_a1111_is_printed_where_it_can_load_the_file(shared):
     assert lines[2].startswith('In ComfyUI: "Load LoRA"') and len(lines) == 4
 
 
+def test_the_python_for_a_single_file_reads_its_converted_copy_and_says_to_keep_it(shared, tmp_path, tiny_base):
+    config, _, _ = shared
+    (tmp_path / "anime.ckpt").touch()
+    fake = type(
+        "Run", (), {"labels": {"ss_base_model_version": "sd_v1"}, "output": tmp_path, "device": torch.device("cpu")}
+    )
+    for base, copied in ((tmp_path / "anime.ckpt", True), (tiny_base, False)):
+        line = share.use_it(fake, dataclasses.replace(config, pretrained_model=str(base)), tiny_base).splitlines()[0]
+        assert f"from_pretrained({str(tiny_base)!r})" in line
+        assert line.endswith(f"  # {tiny_base} is the converted copy: keep it while you use this") == copied
+        compile(line.removeprefix("In Python: "), "line", "exec")
+
+
 def test_without_pictures_the_folder_is_complete_but_for_them(tiny_config):
     from huggingface_hub import ModelCard
 

@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -233,7 +232,7 @@ def validate(
     return of_faces.mean().item(), (of_faces.std() / math.sqrt(count)).item()
 
 
-def check_prediction(unet, scheduler, rest: tuple, loss: float | None, base: Path, log: Callable) -> None:
+def check_prediction(unet, scheduler, rest: tuple, loss: float | None, where: str, log: Callable) -> None:
     """Is the base what its scheduler's config says, one that predicts the noise, or v? Told before the first step.
 
     Declared wrongly, it would seem to train, and never draw anything. A loss is held against that of predicting 0,
@@ -241,6 +240,7 @@ def check_prediction(unet, scheduler, rest: tuple, loss: float | None, base: Pat
 
     Args:
         rest: the other arguments of validate(), with which it found this loss of the base as it is; None = not yet.
+        where: the file that declares it.
 
     Raises BaseModelError: the other prediction_type fits, this one doesn't.
     """
@@ -259,5 +259,5 @@ def check_prediction(unet, scheduler, rest: tuple, loss: float | None, base: Pat
     if all(found) and (share := found[0][0] / found[1][0]) < min(BAD_LOSS, loss / guess[0] / 2):
         why = f"the base predicts something else than it says (error {loss / guess[0]:.0%}, with the other {share:.0%})"
         remedy = f'"prediction_type": "{other}" instead of "{declared}"'
-        raise BaseModelError(f"{why}: in {base / 'scheduler' / 'scheduler_config.json'} set {remedy}")
+        raise BaseModelError(f"{why}: in {where} set {remedy}")
     log(f"This base hardly predicts these faces (error {loss / guess[0]:.0%}): is it whole, and the right one?")
