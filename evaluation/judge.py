@@ -14,6 +14,7 @@ from torch import nn
 STEPS, BATCH, RATE = 160, 48, 3e-3  # of the training; half of a batch is damaged
 GRID = 32  # pixels a side after the first convolutions
 PASS = 0.95  # of the artist's held-out faces
+TRIES, GOOD, RELIABLE = 2, 0.8, 0.5  # it learns once more, if it doesn't catch this share of damaged faces; is believed
 
 
 def as_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -124,34 +125,51 @@ def network(side: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels * (GRID // 4) ** 2, 1))
 
 
+@torch.no_grad()
+def logits(model: nn.Sequential, pictures: torch.Tensor) -> np.ndarray:
+    """Shape: (n, 3, S, S) -> (n,)."""
+    return torch.cat([model(part)[:, 0] for part in pictures.split(BATCH)]).numpy()
+
+
 class Judge:
-    """Says which pictures are whole faces as this artist draws them.
+    """Says which pictures are whole faces as this artist draws them; learns TRIES times at most; the best counts.
 
     faces: (n, S, S, 3), uint8: learnt from. held_out: (m, S, S, 3): of these it passes 95 % at least.
+
+    Attributes: caught: which share of the held-out faces, damaged, don't pass. is_reliable: it is at least RELIABLE. Of
+    few and very different pictures it learns next to nothing, and would let anything pass.
     """
 
     def __init__(self, faces: np.ndarray, held_out: np.ndarray, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        self.damage = Damage(faces.shape[1], generator)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.network = self._train(as_tensor(faces), generator)
         # Where damage stays far below the faces, the mark is in the middle: 4 faces alone don't tell it well
-        own = as_tensor(held_out).repeat(8, 1, 1, 1)
-        whole, damaged = self.logits(as_tensor(held_out)), self.logits(self.damage(own, own.roll(1, 0)))
-        lowest = np.quantile(whole, 1 - PASS, method="lower")
-        self.mark = min(lowest, (lowest + np.quantile(damaged, PASS)) / 2)
+        self.caught, own = -1.0, as_tensor(held_out)
+        for attempt in range(TRIES):
+            generator = torch.Generator().manual_seed(seed + 1000 * attempt)
+            damage = Damage(faces.shape[1], generator)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + 1000 * attempt)
+                model = self._train(as_tensor(faces), damage, generator)
+            many = own.repeat(8, 1, 1, 1)
+            whole, damaged = logits(model, own), logits(model, damage(many, many.roll(1, 0)))
+            lowest = np.quantile(whole, 1 - PASS, method="lower")
+            mark = min(lowest, (lowest + np.quantile(damaged, PASS)) / 2)
+            caught = float((damaged < mark).mean())
+            if caught > self.caught:
+                self.network, self.mark, self.caught = model, mark, caught
+            if caught >= GOOD:
+                break
+        self.is_reliable = self.caught >= RELIABLE
 
-    def _train(self, faces: torch.Tensor, generator: torch.Generator) -> nn.Sequential:
+    def _train(self, faces: torch.Tensor, damage: Damage, generator: torch.Generator) -> nn.Sequential:
         model = network(faces.shape[2]).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.2)
         is_whole = (torch.arange(BATCH) < BATCH // 2).float()
         for _ in range(STEPS):
             drawn, others = faces[torch.randint(0, len(faces), (2, BATCH), generator=generator)]
-            drawn = torch.cat([drawn[: BATCH // 2], self.damage(drawn[BATCH // 2 :], others[BATCH // 2 :])])
-            logits = model(self._varied(drawn, generator))[:, 0]
-            loss = F.binary_cross_entropy_with_logits(logits, is_whole)
+            drawn = torch.cat([drawn[: BATCH // 2], damage(drawn[BATCH // 2 :], others[BATCH // 2 :])])
+            predicted = model(self._varied(drawn, generator))[:, 0]
+            loss = F.binary_cross_entropy_with_logits(predicted, is_whole)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -177,10 +195,6 @@ class Judge:
         noise = torch.randn(pictures.shape, generator=generator)
         return (pictures + 0.02 * noise).clamp(-1, 1)
 
-    @torch.no_grad()
-    def logits(self, pictures: torch.Tensor) -> np.ndarray:
-        return torch.cat([self.network(part)[:, 0] for part in pictures.split(BATCH)]).numpy()
-
     def passes(self, pictures: np.ndarray) -> np.ndarray:
         """Which of (n, S, S, 3), uint8, are whole. Shape: (n,) bool."""
-        return self.logits(as_tensor(pictures)) >= self.mark
+        return logits(self.network, as_tensor(pictures)) >= self.mark

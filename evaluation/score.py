@@ -109,7 +109,8 @@ class Features:
         self.to_faces = measures.distances(layout[:portraits], references.layout) @ self.mix  # (p,) mean distance
         self.apart = measures.distances(layout[:portraits], layout[:portraits])  # (p, p)
         small = measures.squashed(own, references.side)
-        self.passes = references.judge.passes(small) if references.judge else None  # (p,)
+        can_judge = references.judge and references.judge.is_reliable
+        self.passes = references.judge.passes(small) if can_judge else None  # (p,)
         self.asked = self.seen = self.clip_margins = None
         if network:
             self.asked = np.array([measures.asked_for(text) for text in texts])  # (n, attributes): 1, 0, NaN
@@ -141,7 +142,7 @@ def values(features: Features, references: References, weights: np.ndarray) -> d
     apart = (pairs * features.apart).sum() / pairs.sum() if pairs.sum() else math.nan
     among = mix @ references.among @ mix / (1 - mix @ mix) if mix @ mix < 1 else math.nan
     result["set distance"] = float(2 * (some @ features.to_faces) / some.sum() - apart - among)
-    result["coherence"] = float(some @ features.passes / some.sum())
+    result["coherence"] = math.nan if features.passes is None else float(some @ features.passes / some.sum())
     result["adherence"] = math.nan
     if features.seen is not None:
         accuracy = 2 * measures.balanced_accuracy(features.seen, features.asked, weights) - 1

@@ -71,7 +71,7 @@ def verdict(facts: Facts) -> str:
         main = "Learnt, by the validation loss; no pictures were drawn to judge."
     else:
         learnt = facts.style >= LEARNT
-        main = "Style learnt" if learnt else "Style learnt in part"
+        main = f"Style {'learnt' if learnt else 'learnt in part' if facts.style >= NOT_LEARNT else 'hardly learnt'}"
         if little and not learnt:
             main += f": raise {rate} or num_train_epochs ({facts.epochs})."
         elif facts.whole and facts.whole[0] < SMEARED * facts.whole[1]:
@@ -167,5 +167,6 @@ def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=
             held_out = evaluation.judge_held_out()
             others = {n: some.value["coherence"] for n, some in scored.items() if n != epoch}
             facts |= {"style": own.value["points: style"], "better": tuple(others.items())}
-            facts |= {"whole": (own.value["coherence"], held_out.value["coherence"])}
+            whole = (own.value["coherence"], held_out.value["coherence"])
+            facts["whole"] = None if math.isnan(whole[0]) else whole
     return Facts(**facts)

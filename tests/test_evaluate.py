@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import JUDGE_STEPS, ROOT, STYLES, make_faces, write_faces
+from conftest import ROOT, SHIPPED_JUDGE, STYLES, make_faces, write_faces
 from PIL import Image, ImageFilter, ImageOps
 from scipy.stats import wasserstein_distance
 from sklearn.metrics import balanced_accuracy_score
@@ -39,7 +39,7 @@ DEMO_LORA = ROOT / "tests" / "demo_lora"
 @pytest.fixture(scope="module", autouse=True)
 def whole_judge():
     """The judge as it is shipped: elsewhere it learns next to nothing, see conftest.py."""
-    with mock.patch.object(judge, "STEPS", JUDGE_STEPS):
+    with mock.patch.multiple(judge, **SHIPPED_JUDGE):
         yield
 
 
@@ -467,9 +467,23 @@ def test_the_judge_is_the_same_from_the_same_seed_and_passes_95_percent_of_what_
     half, other = (measures.squashed(some, 64) for some in (references.half_pixels, references.other_pixels))
     assert references.judge.passes(half).mean() >= 0.95
     assert references.judge.passes(other).mean() >= 0.85
-    with mock.patch.object(judge, "STEPS", 3):
-        again = [Judge(half, other, seed).logits(judge.as_tensor(other)) for seed in (1, 1, 2)]
+    assert references.judge.is_reliable and references.judge.caught > 0.7
+    with mock.patch.multiple(judge, STEPS=3, TRIES=2):
+        judges = [Judge(half, other, seed) for seed in (1, 1, 2)]
+    again = [judge.logits(one.network, judge.as_tensor(other)) for one in judges]
     assert np.array_equal(again[0], again[1]) and not np.array_equal(again[0], again[2])
+
+
+def test_a_judge_that_lets_damaged_faces_pass_is_not_believed(ink):
+    rng = np.random.default_rng(0)
+    anything = rng.integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)  # nothing to learn what is whole from
+    with mock.patch.multiple(judge, STEPS=3, TRIES=1):
+        blind = Judge(anything, anything[::-1], 0)
+    assert blind.caught < 0.5 and not blind.is_reliable
+    with mock.patch.object(ink.references, "judge", blind):
+        score = ink.judge_held_out()
+    assert math.isnan(score.value["coherence"]) and math.isnan(score.value["points: coherence"])
+    assert score.as_json()["coherence"] == "n/a" and math.isfinite(score.score)
 
 
 @pytest.mark.parametrize("side", [64, 128])

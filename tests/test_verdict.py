@@ -57,6 +57,7 @@ GOOD = Facts(
         ({"losses": (0.07, 0.08), "start": "start"}, "Worse than the start: lower"),
         ({"score": -1.2, "start": "start"}, "Worse than the base: lower"),  # its 0 is the base's
         ({"style": 0.3}, "Style learnt in part, faces intact. Raise learning_rate (5e-05) a little."),
+        ({"style": -0.1, "whole": None}, "Style hardly learnt. Raise learning_rate (5e-05) a little."),
         ({"style": None, "moved": None, "whole": None, "score": None}, "Learnt, by the validation loss; no pictures"),
         ({"same_captions": True}, "faces intact. All captions are the same, so prompts make no difference."),
         ({"styles": (100, 125)}, "The faces are of two styles (100 and 125): train them apart."),

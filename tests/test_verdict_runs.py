@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import JUDGE_STEPS, ROOT, write_faces
+from conftest import ROOT, SHIPPED_JUDGE, write_faces
 
 import train_manga_lora as trainer
 from evaluation import judge
@@ -42,7 +42,8 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_each_run_gets_its_sentence(name, tmp_path, monkeypatch):
     counts, changes, expected = RUNS[name]
-    monkeypatch.setattr(judge, "STEPS", JUDGE_STEPS)
+    for constant, value in SHIPPED_JUDGE.items():
+        monkeypatch.setattr(judge, constant, value)
     folder = FACES
     if counts == "coloured":
         folder = write_faces(counts, tmp_path / "faces")
