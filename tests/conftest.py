@@ -35,7 +35,7 @@ def pytest_addoption(parser):
     parser.addoption("--record", type=Path, help="write what was tried per promise to this JSON file, if all passed")
 
 
-FIRST = ("test_demo.py", "test_edited_constants.py", "test_evaluate.py", "test_buckets.py", "test_bench.py")
+FIRST = ("test_demo.py", "test_edited_constants.py", "test_evaluate.py", "test_buckets.py")
 
 
 def pytest_collection_modifyitems(items):

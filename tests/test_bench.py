@@ -62,6 +62,7 @@ def measured(tmp_path_factory) -> tuple[dict, str]:
     return json.loads(out.read_text(encoding="utf-8")), run.stdout
 
 
+@pytest.mark.long
 def test_rows_take_turns_and_really_train(measured):
     result, _ = measured
     ours, _, rival = result["rows"]
@@ -91,6 +92,7 @@ def test_one_at_a_time_a_row_ends_before_the_next_starts(tmp_path):
     assert first["updates"] == second["updates"] == 3 and first["useful_tflop_per_step"] > 0
 
 
+@pytest.mark.long
 def test_figures_follow_from_the_seconds(measured):
     result, screen = measured
     ours, _, rival = result["rows"]
@@ -110,6 +112,7 @@ def test_figures_follow_from_the_seconds(measured):
     assert result["versions"].keys() == {"python", "torch", "diffusers", "transformers", "accelerate", "peft"}
 
 
+@pytest.mark.long
 def test_a_row_that_fails_is_recorded_and_ends_no_other(measured):
     result, screen = measured
     failed = result["rows"][1]

@@ -464,7 +464,10 @@ def test_a_mixed_step_equals_the_formula_image_by_image(precise, mixed):
     assert of_step.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("micro_batch", "world"), [(1, 1), (2, 1), (3, 2), (2, 3)])
+PASSES = [(3, 2), *(pytest.param(*some, marks=pytest.mark.long) for some in ((1, 1), (2, 1), (2, 3)))]
+
+
+@pytest.mark.parametrize(("micro_batch", "world"), PASSES)
 def test_neither_micro_batches_nor_processes_change_a_mixed_step(precise, mixed, micro_batch, world):
     batch = mixed_batch(mixed)
     whole_loss, whole = gradient(precise, batch, torch.arange(8), 8)

@@ -401,7 +401,10 @@ def from_json(tmp_path_factory, shared_faces, tiny_base) -> bytes:
     return exported(config)
 
 
-@pytest.mark.parametrize("layout", ["sidecars", "metadata.jsonl", "metadata.csv", "kohya's folder"])
+TRAINED = ["sidecars", "metadata.jsonl", "kohya's folder", pytest.param("metadata.csv", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("layout", TRAINED)
 def test_the_same_faces_and_captions_in_any_layout_train_to_the_same_bytes(
     tmp_path, shared_faces, tiny_base, from_json, layout
 ):

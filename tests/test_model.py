@@ -72,14 +72,8 @@ def plain_losses(tiny_base, shared_faces):
     return [hundred_losses(tiny_base, shared_faces, seed) for seed in (0, 1)]
 
 
-@pytest.mark.parametrize(
-    "dtype, most",
-    [
-        (torch.float32, 1e-5),
-        pytest.param(torch.float16, 0.002, marks=pytest.mark.long),
-        pytest.param(torch.bfloat16, 0.01, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.float16, 0.002), (torch.bfloat16, 0.01)])
 def test_a_hundred_train_steps_follow_plain_ones_within_the_noise_of_the_seed(
     tiny_base, shared_faces, plain_losses, dtype, most
 ):

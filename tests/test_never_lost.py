@@ -209,7 +209,7 @@ POINTS = {
 
 
 @pytest.mark.promise("Interrupted and resumed, a run ends with the same files")
-@pytest.mark.parametrize("resumes", [1, 2])
+@pytest.mark.parametrize("resumes", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("point", POINTS)
 def test_an_interrupted_run_draws_the_rest_alone_and_ends_with_the_same_files(
     config, undisturbed, monkeypatch, point, resumes
