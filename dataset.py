@@ -408,9 +408,11 @@ class MangaFaceDataset:
 
     def largest_batch(self, size: int) -> np.ndarray:
         """A batch that needs as much memory as any can: positions of faces of the largest shape, repeated if few."""
-        order = self.epoch_order(0)
-        areas = np.array([math.prod(self.faces[self.train[position]].shape) for position in order])
-        return np.resize(order[areas == areas.max()], min(size, len(order)))
+        areas = np.array([math.prod(self.faces[face].shape) for face in self.train])
+        order = (
+            self.epoch_order(0) if (areas == areas[0]).all() else np.arange(len(areas))
+        )  # that may lack a light face
+        return np.resize(order[areas[order] == areas.max()], min(size, len(order)))
 
     def cut(self, face: int) -> tuple:
         """What load_image() takes to read a face as it is trained on: (path, box, shape)."""

@@ -178,6 +178,12 @@ def is_sampled(epoch: int, config) -> bool:
     return bool(config.sample_prompts) and every > 0 and epoch % every == 0
 
 
+def titled(prompt: str, config) -> str:
+    """One of sample_prompts as a sheet shows it: drawn as it was typed, where all captions began with trigger_word."""
+    is_there = config.trigger_word.lower() in prompt.lower()
+    return prompt if is_there else f"{prompt} (without the trigger word {config.trigger_word!r})"
+
+
 def start_of(config) -> str:
     """What is drawn before the first epoch, in a word."""
     return "start" if config.start_from else "base"
@@ -213,7 +219,8 @@ def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
             rows = [[one, *pictures[each * number : each * (number + 1)]] for number, one in enumerate(real)]
             titles = ["real face", f"epoch {epoch}" if epoch else start_of(config), *[""] * (each - 1)]
             rows, titles = (rows, titles) if faces else ([row[1:] for row in rows], titles[1:])
-            captions = [dataset.texts[dataset.first_text[face]] for face in faces] + list(config.sample_prompts)
+            captions = [dataset.texts[dataset.first_text[face]] for face in faces]
+            captions += [titled(prompt, config) for prompt in config.sample_prompts]
             write_album(file.with_suffix(""), [text for text in captions for _ in range(each)], pictures)
             write_picture(file, contact_sheet(rows, titles, captions))
         free_memory(run.device)

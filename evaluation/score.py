@@ -459,7 +459,17 @@ class Evaluation:
         titles = ["real face", "base", "LoRA", "nearest training face"]
         if all(row[0] is None for row in rows):
             rows, titles = [row[1:] for row in rows], titles[1:]
-        return rows, titles, [self.jobs.prompts[number] for number in self.shown()]
+        samples = self.jobs.samples[:1] or [len(self.jobs.prompts)]
+        return (
+            rows,
+            titles,
+            [
+                pictures.titled(self.jobs.prompts[number], self.config)
+                if number >= samples[0]
+                else self.jobs.prompts[number]
+                for number in self.shown()
+            ],
+        )
 
     def table(self, lora: Score, held_out: Score | None, name: str = "LoRA") -> str:
         """Measures, parts and score of base, LoRA (or whatever has this name) and real faces."""

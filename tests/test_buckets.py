@@ -1,6 +1,7 @@
 """Panel frames, shapes, and the laws of training when shapes are mixed, on pictures drawn here. CPU, offline."""
 
 import collections
+import copy
 import dataclasses
 import itertools
 import json
@@ -395,6 +396,12 @@ def test_the_largest_shape_is_rehearsed_and_planned_for(mixed, monkeypatch):
     assert len(areas) == 8 and set(areas) == {max(math.prod(mixed.faces[face].shape) for face in mixed.train)}
     square = read(mixed.dataset_dir, framing="square")
     np.testing.assert_array_equal(square.largest_batch(8), square.epoch_order(0)[:8])
+    rare = copy.copy(mixed)  # that epoch 0 doesn't draw: a later one would be the first to need so much memory
+    rare.faces = list(mixed.faces)
+    unseen = set(range(len(mixed))) - {0, 1}
+    rare.faces[mixed.train[5]] = dataclasses.replace(mixed.faces[mixed.train[5]], shape=(512, 512))
+    rare.epoch_order = lambda epoch: np.array(sorted(unseen - {5}))
+    assert set(rare.largest_batch(8)) == {5}
 
     planned = []
     monkeypatch.setattr(

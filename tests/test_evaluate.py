@@ -563,6 +563,13 @@ def test_a_contact_sheet_shows_every_picture_in_its_place():
     assert seen[1][:, middle, 0].all() and not seen[1][:, :30].any()
 
 
+def test_a_sheet_says_which_prompts_lack_the_trigger_word():
+    config = TrainingConfig(trigger_word="sks style")
+    assert pictures.titled("a face", config) == "a face (without the trigger word 'sks style')"
+    assert pictures.titled("SKS style, a face", config) == "SKS style, a face"
+    assert pictures.titled("a face", TrainingConfig()) == "a face"
+
+
 def test_a_picture_for_a_face_s_caption_has_that_face_s_shape(tmp_path):
     dataset = make_faces(tmp_path / "faces", [f"face {number}" for number in range(20)], validation_share=0.5)
     dataset.faces = [replace(face, shape=(8, 8 + 4 * (number % 3))) for number, face in enumerate(dataset.faces)]

@@ -367,16 +367,23 @@ def test_dataset_dir_edited_in_the_script_moves_json_file_along_as_the_flag_does
 
 def test_a_missing_json_file_is_refused_only_where_nothing_else_has_captions(script, tmp_path):
     def config(**more):
-        return script.TrainingConfig(dataset_dir=str(tmp_path), json_file=str(tmp_path / "gone.json"), **more)
+        more = {"dataset_dir": str(tmp_path), "json_file": str(tmp_path / "gone.json")} | more
+        return script.TrainingConfig(**more)
 
     draw(tmp_path, ["a"])
     with pytest.raises(Stop, match=r"gone\.json' is not a file.*set json_file"):
         arguments.check_config(config())
+    shipped = str(tmp_path / "modified_face_250.json")
     for name in ("a.txt", "metadata.csv", "b.json", "10_girl"):
         (tmp_path / name).mkdir() if name == "10_girl" else write(tmp_path / name, "")
-        arguments.check_config(config())
+        arguments.check_config(config(json_file=shipped))
+        with pytest.raises(
+            Stop, match=r"gone\.json' is not a file: set json_file to your captions, or to .*250\.json'"
+        ):
+            arguments.check_config(config())  # named by the user: nothing else will do
         shutil.rmtree(tmp_path / name) if name == "10_girl" else (tmp_path / name).unlink()
-    write(tmp_path / "a.txt", "x")
+    write(tmp_path / "gone.json", "[]")
+    arguments.check_config(config(json_file="elsewhere/gone.json"))  # of its name in the folder
     for bad in ({"keep_tags": -1}, {"trigger_word": "a\nb"}, {"trigger_word": " a"}, {"shuffle_tags": 1}):
         with pytest.raises(Stop, match=next(iter(bad))):
             arguments.check_config(config(**bad))
