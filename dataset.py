@@ -409,9 +409,8 @@ class MangaFaceDataset:
     def largest_batch(self, size: int) -> np.ndarray:
         """A batch that needs as much memory as any can: positions of faces of the largest shape, repeated if few."""
         areas = np.array([math.prod(self.faces[face].shape) for face in self.train])
-        order = (
-            self.epoch_order(0) if (areas == areas[0]).all() else np.arange(len(areas))
-        )  # that may lack a light face
+        is_alike = (areas == areas[0]).all()
+        order = self.epoch_order(0) if is_alike else np.arange(len(areas))  # an epoch may lack a light face
         return np.resize(order[areas[order] == areas.max()], min(size, len(order)))
 
     def cut(self, face: int) -> tuple:

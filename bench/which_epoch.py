@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-PICTURES = 256
 SCORED = 8  # epochs, evenly
 HELD_OUT = 0.25  # of the faces
 
@@ -31,6 +30,7 @@ def main() -> None:
     parser.add_argument("--faces", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=6e-3)
     parser.add_argument("--num_train_epochs", type=int, default=80)
+    parser.add_argument("--pictures", type=int, default=256, help="at least, for each score [256]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -64,7 +64,7 @@ def main() -> None:
     losses = {epoch: loss for epoch, loss, _ in summary["validation"]}
     chosen = summary["best_epoch"]
 
-    pictures.MAX_CAPTIONS, pictures.MAX_ATTRIBUTE_PROMPTS = PICTURES, 0
+    pictures.MAX_CAPTIONS, pictures.MAX_ATTRIBUTE_PROMPTS = args.pictures, 0
     config = dataclasses.replace(config, sample_steps=10, sample_prompts=())
     base = Path(config.pretrained_model)
     evaluation = Evaluation(

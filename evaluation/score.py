@@ -459,17 +459,9 @@ class Evaluation:
         titles = ["real face", "base", "LoRA", "nearest training face"]
         if all(row[0] is None for row in rows):
             rows, titles = [row[1:] for row in rows], titles[1:]
-        samples = self.jobs.samples[:1] or [len(self.jobs.prompts)]
-        return (
-            rows,
-            titles,
-            [
-                pictures.titled(self.jobs.prompts[number], self.config)
-                if number >= samples[0]
-                else self.jobs.prompts[number]
-                for number in self.shown()
-            ],
-        )
+        captions = [self.jobs.prompts[number] for number in self.shown()]
+        own = sum(number < self.jobs.portraits for number in self.shown())
+        return rows, titles, captions[:own] + [pictures.titled(prompt, self.config) for prompt in captions[own:]]
 
     def table(self, lora: Score, held_out: Score | None, name: str = "LoRA") -> str:
         """Measures, parts and score of base, LoRA (or whatever has this name) and real faces."""

@@ -58,10 +58,11 @@ def _python(config, base: str, lora: str, device: str = "cpu") -> list[str]:
 
 def use_it(run, config, base: Path) -> str:
     """Lines that work as they are: Python, a prompt for A1111, the node for ComfyUI, the folder to copy from."""
-    named = str(base) if single_file(config.pretrained_model) else config.pretrained_model
+    is_converted = bool(single_file(config.pretrained_model))
+    named = str(base) if is_converted else config.pretrained_model
     python = "; ".join(_python(config, named, str(run.output / LORA_FILES[1]), run.device.type))
     skip = f"   (Clip skip: {config.clip_skip})" if config.clip_skip > 1 else ""
-    if single_file(config.pretrained_model):
+    if is_converted:
         python += f"  # {base} is the converted copy: keep it while you use this"
     prompt = f"<lora:{config.lora_name}:1> {' '.join(_prompt(config).split())}{skip}"
     node = f'"Load LoRA" between checkpoint and sampler, {config.lora_name}.safetensors, strength 1'

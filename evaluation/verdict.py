@@ -153,7 +153,6 @@ def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=
         "start": start_of(config),
         "is_falling": len(losses) > 2 and is_falling(losses),
         "same_captions": len({caption for face in faces.values() for caption in face.captions}) == 1 < len(faces),
-        "styles": None,
     }
     if evaluation:
         own, base = scored[epoch], evaluation.of_base

@@ -39,9 +39,7 @@ FIRST = ("test_demo.py", "test_edited_constants.py", "test_evaluate.py", "test_b
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(
-        key=lambda item: item.path.name not in FIRST
-    )  # few tests, but minutes: not left to one process at the end
+    items.sort(key=lambda item: item.path.name not in FIRST)  # minutes: not left to one process at the end
     for item in items:
         for marker in item.iter_markers("promise"):
             item.user_properties.append(("promise", marker.args[0]))
