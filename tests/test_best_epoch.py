@@ -12,7 +12,7 @@ import torch
 from conftest import exported, run
 
 import train_manga_lora as trainer
-from evaluation import best_epoch
+from evaluation import best_epoch, pictures
 from training import checkpoint
 
 CPU = torch.device("cpu")
@@ -48,6 +48,12 @@ def test_of_the_candidates_the_one_chosen_is_exported_and_best_json_says_why(tin
         return 3, "it pleased the test"
 
     monkeypatch.setattr(best_epoch, "choose_best", choose)
+    draw, drawn = pictures.draw_pictures, []
+    monkeypatch.setattr(
+        pictures,
+        "draw_pictures",
+        lambda pipe, prompts, seeds, *rest: drawn.append(len(seeds)) or draw(pipe, prompts, seeds, *rest),
+    )
     config = dataclasses.replace(
         tiny_config,
         num_train_epochs=5,
@@ -58,6 +64,7 @@ def test_of_the_candidates_the_one_chosen_is_exported_and_best_json_says_why(tin
     )
     summary = trainer.main(config)
     assert asked == [([2, 3, 5], [2, 3, 5])]  # each was drawn with, and scored
+    assert drawn[:6] == [24, 4, 24, 24, 24, 4]  # of the base all, of each candidate the portraits, of the best the rest
     output = pathlib.Path(config.output_dir)
     folders = sorted(path.name for path in (output / "candidates").iterdir())
     assert folders == ["epoch-002", "epoch-003", "epoch-005"]  # no other epoch's files were kept
