@@ -111,8 +111,23 @@ def denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise
     return (prediction.to(precise) - target.to(precise)).square().mean(dim=(1, 2, 3))
 
 
+def share_of_loss(
+    unet, scheduler, latents, text_embeddings, timesteps, noise, loss_weights, count: int
+) -> torch.Tensor:
+    """What b images add to the loss of their batch of `count`: the sum of weight x denoising loss, over count."""
+    losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
+    return (losses * loss_weights).sum() / count
+
+
 def accumulate_gradients(
-    unet, scheduler, encoded: EncodedDataset, batch: Batch, share: torch.Tensor, micro_batch: int, scaler
+    unet,
+    scheduler,
+    encoded: EncodedDataset,
+    batch: Batch,
+    share: torch.Tensor,
+    micro_batch: int,
+    scaler,
+    graphed: Callable | None = None,
 ) -> torch.Tensor:
     """Add to .grad the gradient of this process's share of the batch's loss; returns that share of the loss.
 
@@ -124,6 +139,7 @@ def accumulate_gradients(
         share: which of the batch's n images are this process's.
         micro_batch: images per pass through the UNet.
         scaler: a GradScaler; the gradient is times its scale.
+        graphed: passes micro_batch images forward and back by itself: see training/graphs.py.
     """
     device, count = encoded.device, len(batch)
     total = torch.zeros((), device=device)
@@ -132,11 +148,13 @@ def accumulate_gradients(
         text_embeddings, mine = encoded.embeddings(alike.texts.tolist()), alike.to(device)
         latents = mean + std * mine.posterior_noise
         for start in range(0, len(mine), micro_batch):
-            part = slice(start, start + micro_batch)
-            inputs = (latents[part], text_embeddings[part], mine.timesteps[part], mine.noise[part])
-            losses = denoising_losses(unet, scheduler, *inputs)
-            loss = (losses * mine.loss_weights[part]).sum() / count
-            scaler.scale(loss).backward()
+            columns = (latents, text_embeddings, mine.timesteps, mine.noise, mine.loss_weights)
+            inputs = [column[start : start + micro_batch] for column in columns]
+            if graphed is not None and len(inputs[0]) == micro_batch:
+                loss = graphed(*inputs, count)
+            else:
+                loss = share_of_loss(unet, scheduler, *inputs, count)
+                scaler.scale(loss).backward()
             total = total + loss.detach()
     return total
 

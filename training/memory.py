@@ -133,6 +133,8 @@ class Plans:
     processes, else None.
     """
 
+    can_be_graphed = False  # see training/graphs.py
+
     def __init__(self, unet, plans: list[MemoryPlan], plan: MemoryPlan, log: Callable = print, least=None):
         self.unet, self.plans, self.log, self.least = unet, plans, log, least
         self.plan, self.is_rehearsal = plan, True
@@ -165,6 +167,7 @@ class Plans:
         self.log(f"Out of memory with {self.plan}.")
         self.plan = smaller[0]
         self.plan.apply(self.unet)
+        self.can_be_graphed = False  # a recording holds what its passes keep
         self.log(f"Trying again with {self.plan}")
         free_memory(device)
 
@@ -182,7 +185,16 @@ def plan_memory(run, model, data, config, kept: dict | None = None) -> None:
     spare = SPARE if run.device.type == "cuda" else 0
     plan = MemoryPlan(**kept) if kept else choose_plan(plans, free - spare)
     model.plans = Plans(model.unet, plans, plan, run.log, run.least if run.world > 1 else None)
+    if run.device.type == "cuda":
+        model.plans.can_be_graphed = leaves_room_for_graphs(plan, free)
     run.log(f"Device {run.device}, precision {run.precision}. Memory: {plan}, {free / 2**30:.1f} GiB are free")
+
+
+def leaves_room_for_graphs(plan: MemoryPlan, free: float) -> bool:
+    """Whether a pass may be recorded: no block is checkpointed, and there is room for what validation and pictures
+    take, since a recording keeps its memory.
+    """
+    return plan.checkpointing in ("nothing", "cheap") and 3 * plan.needed <= free
 
 
 def free_bytes(device: torch.device, processes: int) -> float:

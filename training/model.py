@@ -14,6 +14,7 @@ from training.denoising import Batch, accumulate_gradients, sum_over_processes
 from training.encoding import EncodedDataset
 from training.files import Stop
 from training.fused import fuse_lora
+from training.graphs import GraphedPass
 from training.lean import keep_less
 from training.lora_files import start_from
 from training.memory import Plans
@@ -29,6 +30,7 @@ class Model:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     plans: Plans | None = None  # how many images pass at once: see training/memory.py
+    graphed: GraphedPass | None = None  # see training/graphs.py
 
     def free(self) -> None:
         """Let go of everything: pictures need the memory."""
@@ -78,7 +80,12 @@ def compute_gradients(model: Model, encoded: EncodedDataset, batch: Batch, share
     """
 
     def gradients(micro_batch: int) -> torch.Tensor:
-        return accumulate_gradients(model.unet, model.scheduler, encoded, batch, share, micro_batch, model.scaler)
+        if not model.plans.can_be_graphed:
+            model.graphed = None
+        elif model.graphed is None:
+            model.graphed = GraphedPass(model.unet, model.scheduler, model.scaler, model.weights)
+        parts = (model.unet, model.scheduler, encoded, batch, share, micro_batch, model.scaler)
+        return accumulate_gradients(*parts, model.graphed)
 
     w_loss = model.plans.attempt(gradients, model.weights)
     sum_over_processes(model.weights.grad, w_loss)
@@ -122,3 +129,5 @@ def rehearse(model: Model, encoded: EncodedDataset, batch: Batch, share: torch.T
         model.optimizer.state.clear()
     model.scaler.load_state_dict(scale)
     model.plans.is_rehearsal = False
+    if model.graphed:
+        model.plans.log(str(model.graphed))
