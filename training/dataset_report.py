@@ -6,12 +6,14 @@ One file that fetches nothing. Captions and names are foreign text: all of it is
 import base64
 import contextlib
 import io
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 from string import Template
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,13 +27,14 @@ from training.pictures import load_image
 FEW_FACES, FEW_STEPS, ENOUGH_STEPS = 20, 200, 1000
 USUAL_RATES = (1e-6, 5e-4)  # of a LoRA on Stable Diffusion 1.5
 MUCH_COLOUR = 0.02  # of a picture's area: less is noise
-MUCH_INK = 0.1  # of a cut edge: less is a stroke or two
+MUCH_INK = 0.01  # of a cut edge: less is a speck
 THUMBNAIL = 256  # pixels a side, at most
 MOST_FACES = 500  # that are shown all; of more only those with warnings, and as many as EXTREMES
 EXTREMES = 50  # of the heaviest, and of the lightest
 MOST_BYTES = 20 * 10**6
 MOST_TEXT = 20_000  # characters of a face's captions
 TEMPLATE = Path(__file__).with_suffix(".html")
+MEASURED = Path(__file__).resolve().parent.parent / "bench" / "results"
 ORDERS = {
     "warnings -1": "warnings first",
     "weight -1": "heaviest first",
@@ -65,7 +68,7 @@ def dataset_warnings(dataset: MangaFaceDataset, config, steps: int) -> list[tupl
             found.append((f"{text}: {some_of([faces[index].name for index in named])}", named))
     for group in dataset.alike:
         found.append((f"Nearly the same picture: {some_of([faces[index].name for index in group])}", group))
-    return [*found, ("Expected time and memory: not measured on any device yet", [])]
+    return [*found, (f"Expected time and memory: {_expected(config, steps)}", [])]
 
 
 def _of_the_whole(dataset: MangaFaceDataset, config, steps: int) -> list[str]:
@@ -80,7 +83,8 @@ def _of_the_whole(dataset: MangaFaceDataset, config, steps: int) -> list[str]:
     if not config.demo and not USUAL_RATES[0] <= config.learning_rate <= USUAL_RATES[1]:
         low, high = USUAL_RATES
         found.append(f"learning_rate={config.learning_rate:g} is far from usual ({low:g} to {high:g})")
-    return found + [trouble for trouble in [_base_trouble(config.pretrained_model)] if trouble]
+    trouble = _base_trouble(config.pretrained_model) if config.dry_run else ""  # a run doesn't start without it
+    return [*found, trouble] if trouble else found
 
 
 def _base_trouble(pretrained_model: str) -> str:
@@ -90,6 +94,19 @@ def _base_trouble(pretrained_model: str) -> str:
     except Unreachable as error:
         return f"The base was NOT checked, and no text's length is known: {error}"
     return ""
+
+
+def _expected(config, steps: int) -> str:
+    """From the figures of bench/results, if one was taken on this device with Stable Diffusion 1.5's shapes."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "this device"
+    for file in sorted(MEASURED.glob("*.json")) if not config.demo else ():
+        result = json.loads(file.read_text(encoding="utf-8"))
+        row = next((row for row in result["rows"] if row["row"] == "a" and "images_per_s" in row), None)
+        if row and (result["device"], result["model"], result["resolution"]) == (device, "sd15", config.resolution):
+            images = steps * config.train_batch_size * config.gradient_accumulation_steps
+            minutes, memory = images / row["images_per_s"] / 60, row["peak_reserved_mib"] / 1024
+            return f"{minutes:.1f} minutes of training steps, {memory:.1f} GiB (as measured on {device})"
+    return f"not measured on {device}"
 
 
 # The page ------------------------------------------------------------------------------------------------------

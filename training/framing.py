@@ -21,6 +21,7 @@ SMALLEST = 64  # pixels a side: in a smaller picture any stroke might be a line
 DEEPEST = 8  # a frame is looked for in the outer eighth of each side
 DARK, BRIGHT = 128, 160  # of 255: a frame line is darker, the gutter beyond it brighter
 FULL = 0.97  # of the side must be line, or gutter: anything that crosses either keeps the side as it is
+TONE = 48  # of 255: so far from the paper's brightness is ink
 DROP = 0.25  # of the side: so much darker is a line at the very edge than what it frames
 
 
@@ -154,19 +155,28 @@ def place_box(
 
 
 def ink_cut(grey: Image.Image, frame: tuple[int, ...], box: tuple[float, ...]) -> float:
-    """How much of an edge that was cut to fit is ink, which a cut head would show; 0 if hardly anything was cut.
+    """How much of an edge that was cut to fit shows what had ended before the picture's own edge, as a whole head did.
 
-    The largest share of the top, and of the upper two thirds of left and right: below them shoulders may end anywhere.
-    An edge that is mostly ink is a dark background's.
+    The largest share over the cut sides; 0 if hardly anything was cut. What runs to the picture's edge (a neck, a
+    background) was cut there already and doesn't count; nor does paper, of whatever tone.
     """
+    pixels, cuts = np.asarray(grey).astype(np.int16), []
     left, top, right, bottom = (round(side) for side in box)
-    pixels, heads = np.asarray(grey), top + (bottom - top) * 2 // 3
     little_x, little_y = LITTLE_CUT * (frame[2] - frame[0]), LITTLE_CUT * (frame[3] - frame[1])
-    edges = [pixels[top, left:right]] if top - frame[1] > little_y else []
-    edges += [pixels[top:heads, left]] if left - frame[0] > little_x else []
-    edges += [pixels[top:heads, right - 1]] if frame[2] - right > little_x else []
-    shares = [float((edge < DARK).mean()) for edge in edges if len(edge)]
-    return max((share for share in shares if share <= 0.5), default=0.0)
+    rows, columns = slice(top, bottom), slice(left, right)
+    if top - frame[1] > little_y:
+        cuts.append((pixels[top, columns], pixels[frame[1], columns]))
+    if frame[3] - bottom > little_y:
+        cuts.append((pixels[bottom - 1, columns], pixels[frame[3] - 1, columns]))
+    if left - frame[0] > little_x:
+        cuts.append((pixels[rows, left], pixels[rows, frame[0]]))
+    if frame[2] - right > little_x:
+        cuts.append((pixels[rows, right - 1], pixels[rows, frame[2] - 1]))
+    found = [0.0]
+    for cut, edge in cuts:
+        inked, before = ((np.abs(line - np.median(edge)) > TONE).mean() for line in (cut, edge))
+        found.append(float(inked - 3 * before))
+    return max(found)
 
 
 def frame_picture(
