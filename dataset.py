@@ -36,7 +36,7 @@ NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 ha
 FACE_WORDS = {"alone", "back", "bottom", "cry", "empty", "fire", "front"}  # on scikit-learn's list of stop words, but
 FACE_WORDS |= {"full", "serious", "side", "sincere", "thick", "thin", "top"}  # they describe faces
 STRONGEST_TERMS = 3  # of a face decide on its weight
-MANY_FACES = 100  # above, a word that a single face has is under 1 %: odd wording rather than a rare feature
+MANY_FACES = 50  # above, a word that a single face has is under 2 %: odd wording rather than a rare feature
 GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, fill [0, 1) as evenly as any sequence can
 
 
@@ -127,7 +127,7 @@ def strongest_terms(faces: list[tuple[str, ...]]) -> list[list[tuple[str, float]
     A face's strongest terms have the highest tf idf; tf is the share of its captions that have the term, and
     idf(t) = ln((1 + n) / (1 + df(t))) + 1 (scikit-learn's). Each makes the face tf idf^2 rare: what says most about a
     face is often said of many, and the second idf asks how rare that is. No stop words, but for FACE_WORDS. With over
-    100 faces a word that only one of them has doesn't count.
+    50 faces a word that only one of them has doesn't count.
     """
     terms_of = CountVectorizer(stop_words=sorted(ENGLISH_STOP_WORDS - FACE_WORDS)).build_analyzer()
     shares = []  # of each face's captions that have the term
