@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 
 from training import arguments
 from training.arguments import check_config
-from training.files import InputError, Stop
+from training.files import InputError, Stop, printable
 
 # Constants: edit them here, or override them as --name value -----------------------------------------------------
 
@@ -130,7 +130,7 @@ def parse_arguments(words: list[str]) -> TrainingConfig:
 
 
 def exit_with(code: int, message: object) -> None:
-    print(f"train_manga_lora.py: {message}", file=sys.stderr, flush=True)
+    print(f"train_manga_lora.py: {printable(str(message))}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -156,7 +156,7 @@ from training.base_model import load_tokenizer
 from training.checkpoint import CheckpointError, TrainingState, Validated, resume_state, save_state
 from training.dataset_report import dataset_warnings, write_dataset_report
 from training.denoising import Batch, check_prediction, draw_batch, one_late, read_later, sum_over_processes, validate
-from training.encoding import Data, EncodedDataset, encode
+from training.encoding import Data, EncodedDataset, cache_room, encode
 from training.labels import labels_of
 from training.lora_files import read_start
 from training.memory import is_out_of_memory, plan_memory
@@ -275,6 +275,8 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
         run.warnings = [text for text, _ in dataset_warnings(dataset, config, state.total_steps)]
         run.log(bases.about(config.pretrained_model))
         run.log(dataset.report(tokenizer, run.warnings))
+        if configs:
+            run.log(cache_room(dataset, config, configs, run.dtype))
         run.log(state.arithmetic(config, run.world))
         if config.dry_run:
             if run.is_main:

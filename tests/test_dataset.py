@@ -1,6 +1,7 @@
 """dataset.py against references of its own: drawing, hold-out, pixels, captions, cache. CPU, offline."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_faces
+from conftest import make_faces, run, small_config
 from PIL import Image, ImageOps
 
 import dataset as dataset_module
@@ -25,7 +26,7 @@ from training import cache as cache_module
 from training import encoding, pictures
 from training.base_model import load_text_encoder, load_tokenizer, load_vae
 from training.cache import HEADER, Cache
-from training.encoding import encode_faces, encode_texts, folder_identity
+from training.encoding import cache_room, encode_faces, encode_texts, folder_identity
 from training.files import InputError, Stop
 from training.pictures import load_image
 
@@ -731,6 +732,28 @@ def test_a_disk_that_is_too_small_is_told_before_more_than_one_face_is_encoded(t
     assert loader.encoded == 1 and not records(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=6 * 4096 + 6 * 512))
     encode_faces(few, tmp_path, "vae", loader)
+
+
+def test_what_faces_and_texts_take_on_the_disk_is_told_together_before_anything_is_encoded(
+    tmp_path, tiny_base, monkeypatch, shared_faces, capsys
+):
+    config = small_config(tmp_path, shared_faces, tiny_base, num_train_epochs=1)
+    run(config)
+    printed = capsys.readouterr().out
+    assert printed.index("Faces: ") < printed.index("Cache: ") < printed.index("Effective batch")
+    written = sum(file.stat().st_size for file in Path(config.cache_dir).rglob("*.records"))
+    empty = dataclasses.replace(config, cache_dir=str(tmp_path / "none"))
+    dataset = MangaFaceDataset.from_config(config, 32)
+    dataset.make_texts(load_tokenizer(tiny_base))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=written // 2))
+    with pytest.raises(Stop, match=r"Cache: .* MiB free: free some, or set cache_dir to another disk"):
+        cache_room(dataset, empty, tiny_base, torch.float32)
+    cache_room(dataset, dataclasses.replace(empty, dry_run=True), tiny_base, torch.float32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=written))
+    cache_room(dataset, empty, tiny_base, torch.float32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=written - 1))
+    with pytest.raises(Stop):
+        cache_room(dataset, empty, tiny_base, torch.float32)
 
 
 def test_more_cache_files_than_a_process_may_open_are_read(tmp_path, few, tiny_base, monkeypatch):

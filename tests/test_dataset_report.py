@@ -218,12 +218,20 @@ def test_faces_carry_what_they_are_sorted_by_warnings_first(make):
     captions = {f"face{number:03d}": [f"a man, {'glasses' if number % 4 else 'beard'}"] for number in range(20)}
     pictures = many(20) | {"wide": draw(30, (320, 256)), "tiny": draw(31, (20, 20))}
     page = page_of(make(pictures, captions, resolution=128))
-    keys = re.findall(r'data-weight="([\d.]+)" data-name="(\w+)" data-shape="([\d.]+)" data-warnings="(\d)"', page)
+    keys = re.findall(
+        r'data-weight="([\d.]+)" data-name="(\w+)" data-shape="([\d.]+)" data-warnings="(\d)" '
+        r'data-terms="([^"]*)" data-captions="(\d+)" data-lost="0"',
+        page,
+    )
+    assert all(int(length) >= 8 for *_, length in keys) and {term for *_, term, _ in keys} >= {"", "beard", "glasses"}
+    keys = [key[:4] for key in keys]
     assert len(keys) == 22 and keys[0][1] == "tiny" and [warned for *_, warned in keys] == ["1"] + ["0"] * 21
     assert {name: shape for _, name, shape, _ in keys}["wide"] == "1.2500"  # 160 x 128
     rest = [float(weight) for weight, _, _, warned in keys if warned == "0"]
     assert rest == sorted(rest, reverse=True) and len(set(rest)) > 2  # those held out, without a weight, at the end
-    assert {value.split()[0] for value in dataset_report.ORDERS} == {"warnings", "weight", "name", "shape"}
+    assert {value.split()[0] for value in dataset_report.ORDERS} == {
+        *("warnings", "weight", "name", "shape", "terms", "captions", "lost")
+    }
 
 
 def test_captions_show_what_is_read_and_what_is_lost(make):

@@ -13,6 +13,7 @@ import pytest
 from conftest import exported, run, small_config
 from PIL import Image
 
+import train_manga_lora as trainer
 from dataset import MangaFaceDataset
 from training import arguments
 from training.files import InputError, Stop
@@ -122,6 +123,40 @@ def test_kohya_folders_give_repeats_and_captions_by_their_name(tmp_path):
         "2_boy/b.png": (("boy",), 2),
     }
     assert "10_sks girl (2 pictures, 1 of them captioned by the folder's name), 2_boy (2" in faces.report()
+
+
+def test_kohya_folders_by_whose_names_pictures_are_captioned_leave_the_kind_to_the_others(tmp_path):
+    draw(tmp_path / "10_my hero", [f"hero{number}" for number in range(6)])
+    draw(tmp_path / "1_tagged", ["a", "b"])
+    assert read(tmp_path).kind == "sentences"
+    sidecars(tmp_path / "1_tagged", {name: ["1girl, long_hair, smile"] for name in "ab"})
+    faces = read(tmp_path)
+    assert faces.kind == "tags"
+    assert {face.captions for face in faces.faces} == {("my hero",), ("1girl, long hair, smile",)}
+
+
+def test_pictures_of_an_unread_format_are_named_in_kohya_s_folders_too(tmp_path):
+    write(tmp_path / "10_girl" / "photo.heic", "x")
+    with pytest.raises(InputError, match=r"1 \(10_girl/photo.heic\) of its pictures are in a format that isn't read"):
+        read(tmp_path)
+    draw(tmp_path / "10_girl", ["a"])
+    assert "Pictures in a format that isn't read: 1 (10_girl/photo.heic)" in read(tmp_path).report()
+
+
+@pytest.mark.parametrize("folder", [".", "10_girl"])
+def test_two_sidecars_of_one_picture_are_joined_and_said(tmp_path, folder):
+    draw(tmp_path / folder, ["a", "b"])
+    sidecars(tmp_path / folder, {"a": ["A girl."], "b": ["A boy."]})
+    sidecars(tmp_path / folder, {"a": ["1girl, solo, hat"]}, ".caption")
+    faces = read(tmp_path)
+    assert set(faces.faces[0].captions) == {"A girl.", "1girl, solo, hat"}
+    assert "Two sidecars of one picture, whose captions are joined: 1 (a.txt)" in faces.report()
+
+
+def test_a_message_has_no_character_that_a_terminal_would_obey(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        trainer.exit_with(2, InputError(f"{tmp_path}/\x1b[2J\n\ud800.json: fix it"))
+    assert capsys.readouterr().err.endswith("/\\x1b[2J\\n\\ud800.json: fix it\n")
 
 
 def test_captions_that_are_one_text_are_one_caption(tmp_path):

@@ -121,7 +121,7 @@ class Cache:
         record = hashlib.sha256(text).hexdigest().encode() + text + content
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.own, "ab") as file:
-            file.write(record.ljust(math.ceil(len(record) / BLOCK) * BLOCK, b"\0"))
+            file.write(record.ljust(record_bytes(len(content)), b"\0"))
 
     def _check_space(self, needed: float, missing: list[int], what: str) -> None:
         free = shutil.disk_usage(next(folder for folder in [self.folder, *self.folder.parents] if folder.exists())).free
@@ -149,6 +149,11 @@ class Cache:
         for file in self.open.values():
             file.close()
         self.open.clear()
+
+
+def record_bytes(content: int) -> int:
+    """What a tensor of so many bytes takes on the disk."""
+    return math.ceil((HEADER + content) / BLOCK) * BLOCK
 
 
 def _bytes_of(header: dict) -> int:

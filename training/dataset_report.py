@@ -39,6 +39,9 @@ ORDERS = {
     "warnings -1": "warnings first",
     "weight -1": "heaviest first",
     "weight 1": "lightest first",
+    "terms 1": "strongest term",
+    "captions -1": "longest captions first",
+    "lost -1": "most of its captions not read",
     "name 1": "name",
     "shape 1": "shape, tall to wide",
 }
@@ -196,15 +199,18 @@ def _card(dataset: MangaFaceDataset, index: int, picture: str, weight, warnings:
     pixels = f"{width} x {height}, of {face.size[0]} x {face.size[1]}"
     cuts = {"frame": _cut((0, 0, *face.size), face.frame), "to fit": _cut(face.frame, face.box)}
     pixels += "".join(f"; cut {why}: {cut}" for why, cut in cuts.items() if cut) or "; nothing cut"
+    terms = []
     if weight is None:
         weighed = "held out: validates, isn't trained on"
     else:
         terms = sorted(dataset.terms[dataset.train.index(index)], key=lambda term: -term[1])
         weighed = f"weight {weight:.2f}" + (f" for {', '.join(term for term, _ in terms)}" if terms else "")
+    unread = sum(len(text) - lost.get(text, len(text)) for text in map(dataset.prefix.__add__, face.captions))
     notes = "".join(f'<p class="alert">{escape(text)}</p>\n' for text in warnings)
     return (
         f'<article data-weight="{weight or 0:.4f}" data-name="{name}" data-shape="{width / height:.4f}" '
-        f'data-warnings="{len(warnings)}">\n{picture}<h3>{name}</h3>\n{notes}'
+        f'data-warnings="{len(warnings)}" data-terms="{escape(terms[0][0]) if terms else ""}" '
+        f'data-captions="{sum(map(len, face.captions))}" data-lost="{unread}">\n{picture}<h3>{name}</h3>\n{notes}'
         f'<p>{escape(weighed)}</p>\n<p class="soft">{pixels}</p>\n{_captions(dataset, index, lost)}</article>\n'
     )
 

@@ -6,6 +6,7 @@ Letters in shapes: B batch, C latent channels, H W pixels, h w latent, T tokens,
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 
 from dataset import MangaFaceDataset
 from training.base_model import load_text_encoder, load_vae
-from training.cache import Cache
-from training.files import InputError, sha256_of
+from training.cache import Cache, record_bytes
+from training.files import InputError, Stop, sha256_of
 from training.memory import free_memory
 from training.pictures import load_image
 
@@ -98,6 +99,31 @@ def encode(dataset: MangaFaceDataset, config, base: Path, run) -> Data:
         torch.backends.cudnn.benchmark = False
     prompts = encoded.embeddings(list(range(count, len(texts)))).cpu()
     return Data(dataset, encoded, [shapes[face.shape] for face in dataset.faces], prompts)
+
+
+def cache_room(dataset: MangaFaceDataset, config, configs: Path, dtype: torch.dtype) -> str:
+    """A line on the disk that the encoded faces and texts take, before anything is encoded.
+
+    configs: folder of the base's configs. What lies in the cache already is taken for a part of it; whether it is,
+    and whether the rest fits, is found out when it is filled.
+
+    Raises Stop(3): the disk can't hold them; not in a dry run.
+    """
+    vae, text_encoder = (
+        json.loads((configs / part / "config.json").read_text(encoding="utf-8")) for part in ("vae", "text_encoder")
+    )
+    pixels = 4 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)  # of a latent one
+    of_faces = [2 * vae.get("latent_channels", 4) * 4 * math.prod(face.shape) // pixels for face in dataset.faces]
+    of_a_text = 77 * text_encoder.get("hidden_size", 768) * dtype.itemsize
+    texts = len({*dataset.texts, *config.sample_prompts})
+    needed = sum(map(record_bytes, of_faces)) + texts * record_bytes(of_a_text)
+    folder = Path(config.cache_dir)
+    there = sum(file.stat().st_size for part in ("latents", "texts") for file in (folder / part).glob("*.records"))
+    free = shutil.disk_usage(next(some for some in (folder, *folder.absolute().parents) if some.exists())).free
+    said = f"Cache: {needed / 2**20:,.0f} MiB in {config.cache_dir}, whose disk has {free / 2**20:,.0f} MiB free"
+    if needed - there > free and not config.dry_run:
+        raise Stop(3, f"{said}: free some, or set cache_dir to another disk")
+    return said
 
 
 def folder_identity(folder: Path) -> str:

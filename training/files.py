@@ -109,3 +109,8 @@ def flush_to_disk(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def printable(text: str) -> str:
+    """With escapes for characters that a terminal would obey or can't encode."""
+    return re.sub("[\0-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
-from training.files import InputError
+from training.files import InputError, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".avif", ".gif", ".tif", ".tiff")
 OTHER_PICTURES = (".heic", ".heif", ".jp2", ".jxl", ".tga", ".psd", ".svg")
 SIDECARS = (".txt", ".caption")
+KOHYA = r"(\d+)_(.+)"  # its folders: repeats, and what is in them
 MAX_CAPTION_BYTES = 2**26  # a caption file of 64 MiB would describe 100,000 faces: larger ones aren't read
 MAX_REPEATS = 1000  # of a kohya folder: more is a slip, or a year
 MAX_COMPARED = 20  # missing names that are compared with all names that are there
@@ -52,9 +53,8 @@ class Layout:
 
 
 def shown(text: str) -> str:
-    """Foreign text for the screen: cut, and with escapes for characters that a terminal would obey or can't encode."""
-    text = text if len(text) <= 80 else f"{text[:80]}..."
-    return re.sub("[\0-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
+    """Foreign text for the screen: cut, and printable."""
+    return printable(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def some_of(names: list[str]) -> str:
@@ -83,8 +83,10 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def unread_pictures(folder: Path) -> list[str]:
-    """Names of pictures in formats that aren't read."""
-    return [name for name in _files(folder, OTHER_PICTURES) if not _is_picture(name)]
+    """Names of pictures in formats that aren't read, in kohya's folders, too."""
+    below = [name for name in os.listdir(folder) if re.match(KOHYA, name)] if os.path.isdir(folder) else []
+    inside = [f"{name}/{other}" for name in sorted(below) for other in _files(folder / name, OTHER_PICTURES)]
+    return [*_files(folder, OTHER_PICTURES), *inside]
 
 
 def check_inside(folder: Path, path: Path, name: str) -> None:
@@ -314,7 +316,7 @@ def _read_csv(folder: Path, json_file: Path) -> Layout | None:
 def _pair_sidecars(
     root: Path, folder: Path, default: str = "", repeats: int = 1
 ) -> tuple[list[Entry], list[str], dict]:
-    """(entries, sidecars without a picture, {suffix: number of sidecars with one}) of one folder in `root`.
+    """(entries, lines on what is odd, {suffix: number of sidecars with a picture}) of one folder in `root`.
 
     Each line of `image.txt` or `image.caption` is a caption of `image.png`. Pictures without a sidecar get the
     caption `default`, or are left out if that is "".
@@ -322,12 +324,13 @@ def _pair_sidecars(
     pictures: dict[str, list[str]] = {}
     for picture in _files(folder, IMAGE_SUFFIXES):
         pictures.setdefault(_key(_stem(picture)), []).append(picture)
-    captions, lone, suffixes = {}, [], {}
+    captions, lone, suffixes, both = {}, [], {}, []
     for name in _files(folder, SIDECARS):
         stem, suffix = os.path.splitext(name)
         if _key(stem) not in pictures:
             lone.append(name)
             continue
+        both += [name] if _key(stem) in captions else []
         lines = _read_text(folder / name, root).splitlines()
         captions.setdefault(_key(stem), []).extend(line.strip() for line in lines if line.strip())
         suffixes[suffix.lower()] = suffixes.get(suffix.lower(), 0) + 1
@@ -336,7 +339,8 @@ def _pair_sidecars(
         for name in names if stem in captions or default else ():
             texts = tuple(captions.get(stem, [default]))
             entries.append(Entry((folder / name).relative_to(root).as_posix(), texts, repeats, stem in captions))
-    return entries, lone, suffixes
+    notes = [f"Two sidecars of one picture, whose captions are joined: {some_of(both)}"] if both else []
+    return entries, notes + _notes_on(folder, entries, lone), suffixes
 
 
 def _notes_on(folder: Path, entries: list[Entry], lone: list[str]) -> list[str]:
@@ -354,18 +358,18 @@ def _notes_on(folder: Path, entries: list[Entry], lone: list[str]) -> list[str]:
 
 def _read_sidecars(folder: Path, json_file: Path) -> Layout | None:
     """`image.txt` or `image.caption` beside `image.png`."""
-    entries, lone, suffixes = _pair_sidecars(folder, folder)
+    entries, notes, suffixes = _pair_sidecars(folder, folder)
     if not suffixes:
         return None
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
-    return Layout(f"sidecars ({kinds})", "a sidecar", entries, _notes_on(folder, entries, lone))
+    return Layout(f"sidecars ({kinds})", "a sidecar", entries, notes)
 
 
 def _read_kohya_folders(folder: Path, json_file: Path) -> Layout | None:
     """Folders `10_name`: 10 repeats; `name` is the caption of pictures without a sidecar."""
     entries, notes, titles = [], [], []
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        found = re.fullmatch(r"(\d+)_(.+)", name)
+        found = re.fullmatch(KOHYA, name)
         if not found or not os.path.isdir(folder / name):
             continue
         check_inside(folder, folder / name, name)
@@ -375,9 +379,9 @@ def _read_kohya_folders(folder: Path, json_file: Path) -> Layout | None:
         if not 1 <= repeats <= MAX_REPEATS:
             asked = f"folder {shown(name)!r} in {folder} asks for {shown(found[1])} repeats"
             raise InputError(f"{asked}, where 1 to {MAX_REPEATS} are possible: rename it")
-        own, lone, _ = _pair_sidecars(folder, folder / name, found[2].strip(), repeats)
+        own, odd, _ = _pair_sidecars(folder, folder / name, found[2].strip(), repeats)
         entries += own
-        notes += [f"{shown(name)}: {note}" for note in _notes_on(folder / name, own, lone)]
+        notes += [f"{shown(name)}: {note}" for note in odd]
         named = sum(not entry.is_described for entry in own)
         titles.append(f"{shown(name)} ({len(own)} pictures, {named} of them captioned by the folder's name)")
     return Layout(f"folders with repeats: {', '.join(titles)}", "a caption", entries, notes) if entries else None
