@@ -97,7 +97,8 @@ DEMO = {  # what --demo changes; other flags apply on top
     "json_file": str(HERE / "demo" / "faces" / "modified_face_250.json"),
     "output_dir": "demo_output",
     "pretrained_model": str(HERE / "demo" / "base"),
-    "resolution": 64,
+    "resolution": 128,
+    "guidance_scale": 3.0,  # at 7.5 this base's colours come through
     "sample_every_n_epochs": 10,
     "samples_per_prompt": 1,
     "sample_steps": 20,

@@ -13,7 +13,7 @@ mean squared error, AdamW, gradients clipped to 1. fp16 on CUDA, float32 on a CP
                     micro-batches of 2, VAE and text encoder in every step
     c:b2, c:b8+ckpt that recipe with latents and text embeddings kept in memory, at this micro-batch; the fastest
                     of these is the rival that counts
-    a:b8+compile, a:b8+graph   this trainer with its whole UNet through torch.compile; with CUDA graphs, too
+    a:b8+graph, a:b8+compile   this trainer with its passes as CUDA graphs; with its whole UNet through torch.compile
     d               that script itself, whole, from the diffusers checkout given as --peer
 
 Each row lives in a process of its own and sleeps on a pipe until its turn, so that a machine that warms up or is
@@ -70,7 +70,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 def build_ours(args, micro_batch: int | None, checkpointing: bool | None, mode: str | None = None) -> tuple:
     """Row a: train_manga_lora.py's own train_step() on the demo's faces, with random latents and text embeddings.
 
-    None for micro_batch or checkpointing is the trainer's own choice. mode: of torch.compile, None = eager.
+    None for micro_batch or checkpointing is the trainer's own choice. mode: "graph", "compile" or None.
     """
     import torch
 
@@ -78,7 +78,7 @@ def build_ours(args, micro_batch: int | None, checkpointing: bool | None, mode: 
     from train_manga_lora import TrainingConfig, train_step
     from training.denoising import draw_batch
     from training.encoding import EncodedDataset
-    from training.memory import MemoryPlan, Plans, choose_plan, free_bytes, memory_plans
+    from training.memory import MemoryPlan, Plans, choose_plan, free_bytes, leaves_room_for_graphs, memory_plans
     from training.model import build_model
     from training.run import tune_for
 
@@ -98,12 +98,15 @@ def build_ours(args, micro_batch: int | None, checkpointing: bool | None, mode: 
     )
     if checkpointing is None:
         plans = memory_plans(model.unet, latent_shape, text_shape, EFFECTIVE_BATCH, "auto")
-        plan = choose_plan(plans, free_bytes(device, 1))
+        free = free_bytes(device, 1)
+        plan = choose_plan(plans, free)
     else:
         plans = [plan := MemoryPlan(micro_batch or EFFECTIVE_BATCH, "all" if checkpointing else "nothing", 0.0)]
     model.plans = Plans(model.unet, plans, plan)
-    if mode:  # one graph without breaks, or an error
-        model.unet.compile(fullgraph=True, dynamic=False, mode=mode)
+    if mode == "compile":  # one graph without breaks, or an error
+        model.unet.compile(fullgraph=True, dynamic=False)
+    chosen = checkpointing is None and args.device == "cuda" and leaves_room_for_graphs(plan, free)
+    model.plans.can_be_graphed = mode == "graph" or chosen
     orders = (dataset.epoch_order(epoch) for epoch in itertools.count())
     whole = len(dataset) - len(dataset) % EFFECTIVE_BATCH  # the few faces left over would make a cheaper step
     batches = (order[start : start + EFFECTIVE_BATCH] for order in orders for start in range(0, whole, EFFECTIVE_BATCH))
@@ -114,11 +117,13 @@ def build_ours(args, micro_batch: int | None, checkpointing: bool | None, mode: 
         positions = next(batches)
         batch = draw_batch(dataset, positions, SEED, next(numbers), latent_shape, timesteps, config.caption_dropout)
         launched.append(train_step(model, encoded, batch, share, LEARNING_RATE, config))
+        if model.graphed and model.graphed.graphed.failure:
+            raise RuntimeError(f"no CUDA graph: {model.graphed.graphed.failure}")
         while len(launched) > 1:  # read one step late, as the trainer does
             launched.pop(0)()
 
     checkpointed = {"nothing": "no", "largest": "largest", "all": "yes"}[plan.checkpointing]
-    return step, model.optimizer, plan.micro_batch, checkpointed
+    return step, model.optimizer, plan.micro_batch, checkpointed, model.plans.can_be_graphed
 
 
 def build_recipe(args, micro_batch: int, checkpointing: bool, cached: bool) -> tuple:
@@ -204,7 +209,7 @@ def build_recipe(args, micro_batch: int, checkpointing: bool, cached: bool) -> t
             loss.item()
         assert accelerator.sync_gradients, "the optimizer step ends with the last micro-batch"
 
-    return step, optimizer, micro_batch, "yes" if checkpointing else "no"
+    return step, optimizer, micro_batch, "yes" if checkpointing else "no", False
 
 
 def latent_shape_of(args) -> tuple[int, int, int]:
@@ -263,7 +268,7 @@ def run_script(args) -> dict:
 def work(connection, row: str, args, started: float) -> None:
     """A row's process: build, warm up, then one timed step per request; at the end its memory and its arithmetic."""
     try:
-        named, modes = re.fullmatch(ROW, row), {"compile": "default", "graph": "reduce-overhead"}
+        named = re.fullmatch(ROW, row)
         micro_batch = int(named["micro_batch"] or named["compiled"] or 0)
         if micro_batch and EFFECTIVE_BATCH % micro_batch:
             raise ValueError(f"{EFFECTIVE_BATCH} images are no whole number of micro-batches of {micro_batch}")
@@ -271,20 +276,21 @@ def work(connection, row: str, args, started: float) -> None:
 
         torch.manual_seed(SEED)
         if row[0] == "a":
-            mode = modes.get(row.rpartition("+")[2])
+            mode = row.split("+")[1] if named["compiled"] else None
             trainer = build_ours(args, micro_batch or None, None if row == "a" else "ckpt" in row, mode)
         else:
             trainer = build_recipe(args, micro_batch or 2, row == "b" or "ckpt" in row, cached=row != "b")
-        step, optimizer, micro_batch, checkpointing = trainer
+        step, optimizer, micro_batch, checkpointing, graphed = trainer
         weights = optimizer.param_groups[0]["params"]
         before = [weight.detach().clone() for weight in weights]
         timed(step, args.device)
         first_step_s = time.time() - started
         for _ in range(args.warmup - 1):
             step()
-        if args.device == "cuda":
+        if args.device == "cuda" and not graphed:  # what a recorded pass needs was allocated for good
             torch.cuda.reset_peak_memory_stats()
-        connection.send({"micro_batch": micro_batch, "checkpointing": checkpointing, "first_step_s": first_step_s})
+        made = {"micro_batch": micro_batch, "checkpointing": checkpointing, "graphed": graphed}
+        connection.send(made | {"first_step_s": first_step_s})
 
         while (request := connection.recv()) == "step":
             connection.send(timed(step, args.device))
@@ -469,8 +475,11 @@ def ratios(rows: list[dict]) -> list[dict]:
 
 
 def results_table(paths: list[Path]) -> str:
-    """Markdown for docs/results.md, a table per file. The last two columns: what the step must compute per second,
-    as a share of the device's matmul rate; this row's time over that of the first row a, the fastest c's in bold.
+    """Markdown for docs/results.md, a table per file.
+
+    GPU memory: allocated, or what passes recorded as CUDA graphs keep. The last two columns: what the step must compute
+    per second, as a share of the device's matmul rate; this row's time over that of the first row a, the fastest c's in
+    bold.
     """
     text = []
     for path in paths:
@@ -487,7 +496,7 @@ def results_table(paths: list[Path]) -> str:
                 "checkpointing",
                 "ms per step (p10 to p90)",
                 "images/s",
-                "GPU memory allocated" if on_cuda else "memory, whole process",
+                "GPU memory" if on_cuda else "memory, whole process",
                 "first step",
                 "of matmul rate",
                 "time / a's",
@@ -495,10 +504,11 @@ def results_table(paths: list[Path]) -> str:
         ]
         lines.append(["---"] * len(lines[0]))
         for row in rows:
-            line = [row["row"], NAMES[row["row"][0]]]
+            line = [row["row"], NAMES[row["row"][0]] + (", recorded" if row.get("graphed") else "")]
             if row["row"] in medians:
                 times = f"{row['median_s'] / ours:.2f}" if ours else ""
-                mib = row.get("peak_allocated_mib") or row.get("process_peak_rss_mib")
+                kept = "peak_reserved_mib" if row.get("graphed") else "peak_allocated_mib"
+                mib = row.get(kept) or row.get("process_peak_rss_mib")
                 first, share = f"{row['first_step_s']:.1f} s", row.get("useful_share_of_matmul")
                 line += [
                     str(row["micro_batch"]),
@@ -537,7 +547,8 @@ def make_sd15(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     print(f"Making {folder}, once", flush=True)
-    ids = {name: 1236 if name == "bos_token_id" else 1237 for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    own = json.loads((ROOT / "demo" / "base" / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    ids = {name: own[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.device("meta"):
         parts = {
             "unet": UNet2DConditionModel(
@@ -607,7 +618,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", choices=("demo", "sd15"), default="demo")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda if there is one]")
-    parser.add_argument("--resolution", type=int, help="pixels a side [demo 64; sd15 512 on cuda, 256 on cpu]")
+    parser.add_argument("--resolution", type=int, help="pixels a side [demo 128; sd15 512 on cuda, 256 on cpu]")
     parser.add_argument("--steps", type=int, help="timed rounds, one step of each row [100 on cuda, 10 on cpu]")
     parser.add_argument("--warmup", type=int, help="steps of each row before them, at least 1 [20 on cuda, 2 on cpu]")
     parser.add_argument("--rows", default="", help=f"[{','.join(ALL_ROWS)}, and d with --peer]")
@@ -637,15 +648,14 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         parser.error("--device cuda: torch finds no CUDA device")
     on_cuda = args.device == "cuda"
     defaults = {
-        "resolution": 64 if args.model == "demo" else 512 if on_cuda else 256,
+        "resolution": 128 if args.model == "demo" else 512 if on_cuda else 256,
         "steps": 100 if on_cuda else 10,
         "warmup": 20 if on_cuda else 2,
     }
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    unit = 64 if args.model == "sd15" else 32  # VAE and UNet halve the picture so often
-    if args.resolution % unit or args.resolution < 2 * unit:
-        parser.error(f"--resolution {args.resolution} must be a multiple of {unit}, at least {2 * unit}")
+    if args.resolution % 64 or args.resolution < 128:  # VAE and UNet each halve the picture three times
+        parser.error(f"--resolution {args.resolution} must be a multiple of 64, at least 128")
     if args.steps < 1 or args.warmup < 1:
         parser.error("--steps and --warmup must be at least 1")
     args.base = ROOT / "demo" / "base" if args.model == "demo" else args.cache

@@ -3,7 +3,7 @@
 # demo's 250 faces, with SD 1.5's shapes and random weights (4 GB, made once).
 #
 #     bash bench/run_gpu.sh
-#     MODEL=demo RESOLUTION=64 STEPS=2 WARMUP=1 EPOCHS=1 OUT=small bash bench/run_gpu.sh     small, also on a CPU
+#     MODEL=demo RESOLUTION=128 STEPS=2 WARMUP=1 EPOCHS=1 OUT=small bash bench/run_gpu.sh     small, also on a CPU
 #
 # All rows are in memory at once; for a card that is too small for that, set BENCH_FLAGS=--one_at_a_time. Leaves in OUT
 # the bench's file, and per training a folder with its log, summary, metrics and pictures.
@@ -13,7 +13,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 PYTHON="${PYTHON:-python}"
 MODEL="${MODEL:-sd15}"      # sd15 or demo
 RESOLUTION="${RESOLUTION:-512}"
-compiled="$(command -v nvidia-smi > /dev/null && echo a:b8+compile,a:b8+graph, || true)"
+compiled="$(command -v nvidia-smi > /dev/null && echo a:b8+compile, || true)"
 ROWS="${ROWS:-a,a:b2,a:b2+ckpt,a:b8,${compiled}b,c:b2,c:b8,c:b2+ckpt,c:b8+ckpt}"
 STEPS="${STEPS:-100}"       # timed, of each row
 WARMUP="${WARMUP:-20}"

@@ -99,7 +99,8 @@ def report(vae):
 
 
 def main():
-    folder = sys.argv[1] if len(sys.argv) > 1 else DEMO_DIR / "base128" / "vae"
+    made = [DEMO_DIR / ".work" / "base" / "vae", DEMO_DIR / "base" / "vae"]
+    folder = sys.argv[1] if len(sys.argv) > 1 else next(folder for folder in made if folder.exists())
     print(report(AutoencoderKL.from_pretrained(folder).float().eval()))
 
 

@@ -1,8 +1,9 @@
-"""Trains the demo's next base model from scratch: a very small Stable Diffusion for 128-pixel faces.
+"""Trains the demo's base model from scratch: a very small Stable Diffusion for 128-pixel faces.
 
 `python demo/train_base.py` renders the pictures, trains VAE, text encoder and UNet, and writes a diffusers folder to
-`demo/base128/`. It has Stable Diffusion 1.5's block structure, so its LoRA has the same 128 modules, and its VAE
-reduces eightfold. Interrupted? The same command continues. The work folder `demo/.work/` can be deleted afterwards.
+`demo/.work/base/`, to be looked at before it takes the place of `demo/base/`. It has Stable Diffusion 1.5's block
+structure, so its LoRA has the same 128 modules, and its VAE reduces eightfold. Interrupted? The same command continues.
+The work folder `demo/.work/` can be deleted afterwards.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -34,10 +37,12 @@ from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-DEMO_DIR = Path(__file__).parent
-BASE_DIR = DEMO_DIR / "base128"
-OLD_BASE_DIR = DEMO_DIR / "base"  # of 64 pixels: not to be replaced before BASE_DIR's VAE is begun
+DEMO_DIR = Path(__file__).resolve().parent
+sys.path.insert(0, str(DEMO_DIR.parent))
+from training.graphs import Graphed  # noqa: E402
+
 WORK_DIR = DEMO_DIR / ".work"
+BASE_DIR = WORK_DIR / "base"
 
 PIXELS = 128
 VAE_PICTURES = {"ink_lorelei": 2500, "vivid_lorelei": 1500, "colour_face": 1000, "line_art_face": 1000}
@@ -74,6 +79,7 @@ NORM_GROUPS = 8
 SEED = 0
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+AT_ONCE, SHORTER = (5, 25) if DEVICE == "cuda" else (1, 1)  # a GPU: times the batches above; of the minutes
 
 
 def log(message):
@@ -115,7 +121,7 @@ def render_pictures(counts):
 
 def to_pictures(pixels):
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in -1..1"""
-    pictures = torch.from_numpy(pixels).to(DEVICE).permute(0, 3, 1, 2)
+    pictures = torch.as_tensor(pixels).to(DEVICE).permute(0, 3, 1, 2)
     return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -188,35 +194,51 @@ class Run:
         for weight, average in zip(self.weights, self.average, strict=True):
             weight.data, average.data = average.data, weight.data
 
-    def train(self, loss_of, export=None):
-        """Steps until the time is spent; `loss_of(generator)` gives the loss of a batch that it draws."""
+    def train(self, draw, loss_of, export=None):
+        """Steps until the time is spent. `draw(generator, chance)` gives the tensors whose loss is `loss_of(*tensors)`.
+
+        The generator is the device's own, for the GPU not to wait; `chance`, in [0, 1), is for decisions.
+        """
         losses, saved, exported, logged = [], time.time(), time.time(), time.time()
         on_cpu = DEVICE == "cpu"
+
+        def loss_and_gradients(*tensors):
+            loss = loss_of(*tensors)
+            gradients = torch.autograd.grad(loss, self.weights, materialize_grads=True)
+            pairs = zip(self.weights, gradients, strict=True)  # laid out alike, as the optimizer wants them
+            return loss.detach(), *(g if g.stride() == w.stride() else torch.empty_like(w).copy_(g) for w, g in pairs)
+
+        # Networks as small as these take less time than launching their kernels does
+        passes = loss_and_gradients if on_cpu else Graphed(loss_and_gradients)
         clock = (lambda: time.process_time() / torch.get_num_threads()) if on_cpu else time.perf_counter
         while self.elapsed < self.seconds:
             start = clock()
             rate = learning_rate_at(self.elapsed / self.seconds, self.peak_rate)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            loss = loss_of(torch.Generator().manual_seed(SEED + self.step))
-            loss.backward()
+            seed = SEED + self.step
+            tensors = draw(torch.Generator(DEVICE).manual_seed(seed), random.Random(seed).random())
+            loss, *gradients = passes(*tensors)
+            for weight, gradient in zip(self.weights, gradients, strict=True):
+                weight.grad = gradient
             torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             with torch.no_grad():
                 decay = min(EMA_DECAY, self.step / (self.step + 10))
                 torch._foreach_lerp_(self.average, self.weights, 1 - decay)
-            losses.append(loss.item())
+            losses.append(loss.clone())
             self.elapsed += clock() - start
             if time.time() - logged > 20:
                 left = (self.seconds - self.elapsed) / 60
                 pace = 1000 * self.elapsed / self.step
                 log(
-                    f"{self.name}: step {self.step}, loss {np.mean(losses):.4f}, learning rate {rate:.1e}, "
+                    f"{self.name}: step {self.step}, loss {torch.stack(losses).mean():.4f}, learning rate {rate:.1e}, "
                     f"{pace:.0f} ms/step, {left:.1f} minutes left"
                 )
                 losses, logged = [], time.time()
+                if not on_cpu and passes.failure:
+                    log(f"no CUDA graphs: {passes.failure}")
             if time.time() - saved > SAVE_EVERY_S:
                 self.save()
                 saved = time.time()
@@ -231,7 +253,7 @@ class Run:
 def autocast():
     """bf16 arithmetic for the matrix products where the hardware has it; weights and losses stay fp32."""
     fast = DEVICE == "cuda" or "amx_bf16" in Path("/proc/cpuinfo").read_text("utf-8")
-    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=fast)
+    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=fast, cache_enabled=DEVICE == "cpu")
 
 
 def make_vae(channels):
@@ -277,8 +299,8 @@ def grow(small):
             value = (value / times.to(value).view(1, -1, *[1] * (value.dim() - 2)))[:, copies]
         if value.shape[0] != new[name].shape[0]:
             value = value[copies]
-        noise = 0.01 * value.std() * torch.randn(value.shape, generator=torch.Generator().manual_seed(SEED))
-        new[name].copy_(value + noise.to(DEVICE) if value.dim() == 4 else value)
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(SEED)).to(DEVICE)
+        new[name].copy_(value + 0.01 * value.std() * noise if value.dim() == 4 else value)
     for block in (vae.encoder.down_blocks[0], vae.decoder.up_blocks[-1]):
         for resnet in block.resnets:
             resnet.conv2.weight.mul_(0.1)
@@ -305,13 +327,12 @@ def smallness(pictures):
     return weight / weight.mean()
 
 
-def vae_loss(vae, pictures, generator):
+def vae_loss(vae, pictures, noise):
     """Weighted L1 and squared error, L1 of edges (crisp ink) at two scales and of mean colours, a little KL."""
     with autocast():
         moments = vae.encode(pictures).latent_dist.parameters.float()
         mean, log_variance = moments.chunk(2, dim=1)
         log_variance = log_variance.clamp(-30, 20)
-        noise = torch.randn(mean.shape, generator=generator).to(DEVICE)
         decoded = vae.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
     difference = decoded - pictures
@@ -322,41 +343,52 @@ def vae_loss(vae, pictures, generator):
     return loss + 0.5 * F.avg_pool2d(difference, 8).abs().mean()
 
 
-def draw_crops(pixels, generator):
+def with_noise(pictures, generator):
+    """Pictures, and noise in the shape of their latents."""
+    shape = len(pictures), 4, pictures.shape[2] // GRID, pictures.shape[3] // GRID
+    return pictures, torch.randn(shape, generator=generator, device=DEVICE)
+
+
+def draw_crops(pixels, generator, chance):
     """A batch for the VAE: crops, of two drawn the one with more edges, or sometimes whole pictures."""
-    if torch.rand((), generator=generator) < WHOLE:
-        rows = torch.randint(len(pixels), (CROPS * CROP**2 // PIXELS**2,), generator=generator).numpy()
-        return to_pictures(pixels[rows])
-    places = (PIXELS - CROP) // GRID + 1
-    rows = torch.randint(len(pixels), (2 * CROPS,), generator=generator).tolist()
-    corners = (GRID * torch.randint(places, (2 * CROPS, 2), generator=generator)).tolist()
-    crops = [pixels[row, y : y + CROP, x : x + CROP] for row, (y, x) in zip(rows, corners, strict=True)]
-    crops = to_pictures(np.stack(crops))
-    detail = sum(edge.abs().mean(dim=(1, 2, 3)) for edge in edges(crops))
-    return crops[torch.arange(CROPS) * 2 + (detail[1::2] > detail[::2]).long().cpu()]
+
+    def integers(high, *shape):
+        return torch.randint(high, shape, generator=generator, device=DEVICE)
+
+    crops = AT_ONCE * CROPS
+    if chance < WHOLE:
+        return to_pictures(pixels[integers(len(pixels), crops * CROP**2 // PIXELS**2)])
+    rows, corners = integers(len(pixels), 2 * crops), GRID * integers((PIXELS - CROP) // GRID + 1, 2, 2 * crops)
+    down, across = (corner[:, None] + torch.arange(CROP, device=DEVICE) for corner in corners)
+    drawn = to_pictures(pixels[rows[:, None, None], down[:, :, None], across[:, None, :]])
+    detail = sum(edge.abs().mean(dim=(1, 2, 3)) for edge in edges(drawn))
+    return drawn[torch.arange(crops, device=DEVICE) * 2 + (detail[1::2] > detail[::2]).long()]
 
 
 def train_vae(pixels, minutes):
-    """Leaves the averaged weights. Starts from the VAE in the base's folder, if there is one, else grows a small one:
-    that of the 64-pixel base, as long as it lies beside, or one trained now.
+    """Leaves the averaged weights. pixels: uint8 (N, H, W, 3), on the device.
+
+    Starts from the VAE in the base's folder, if there is one, else grows a small one, trained for half the pixels.
     """
     if (BASE_DIR / "vae").exists():
         vae = load_vae(BASE_DIR)
-    elif (OLD_BASE_DIR / "vae").exists():
-        vae = grow(load_vae(OLD_BASE_DIR))
     else:
         small = make_vae(SMALL_VAE_CHANNELS)
-        run = Run("small_vae", [small], SMALL_VAE_MINUTES, SMALL_VAE_LEARNING_RATE)
+        run = Run("small_vae", [small], SMALL_VAE_MINUTES / SHORTER, SMALL_VAE_LEARNING_RATE)
 
-        def small_loss_of(generator):
-            rows = torch.randint(len(pixels), (2 * CROPS,), generator=generator).numpy()
-            return vae_loss(small, F.avg_pool2d(to_pictures(pixels[rows]), 2), generator)
+        def draw_small(generator, _):
+            rows = torch.randint(len(pixels), (2 * AT_ONCE * CROPS,), generator=generator, device=DEVICE)
+            pictures, noise = with_noise(to_pictures(pixels[rows]), generator)
+            return F.avg_pool2d(pictures, 2), noise
 
-        run.train(small_loss_of)
+        run.train(draw_small, lambda pictures, noise: vae_loss(small, pictures, noise))
         run.swap_average()
         vae = grow(small)
     run = Run("vae", [vae], minutes, VAE_LEARNING_RATE)
-    run.train(lambda generator: vae_loss(vae, draw_crops(pixels, generator), generator))
+    run.train(
+        lambda generator, chance: with_noise(draw_crops(pixels, generator, chance), generator),
+        lambda pictures, noise: vae_loss(vae, pictures, noise),
+    )
     run.swap_average()
     return vae
 
@@ -432,6 +464,7 @@ def export(vae, text_encoder, tokenizer, unet, report=None):
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(new)
+    forget_where(new)
     # Files are fp16; transformers would compute in the dtype its config names, diffusers in fp32 unless told
     config_file = new / "text_encoder" / "config.json"
     config = json.loads(config_file.read_text("utf-8"))
@@ -465,25 +498,29 @@ def train_unet(unet, text_encoder, latents, tokens, empty, minutes, save_snapsho
     """Predicts the noise, text encoder trained along; leaves the averaged weights."""
     run = Run("unet", [unet, text_encoder], minutes, UNET_LEARNING_RATE)
     scheduler = DDPMScheduler(**NOISE)
-    size = UNET_BATCH_SIZE
+    size = AT_ONCE * UNET_BATCH_SIZE
+    tokens, empty = tokens.to(DEVICE), empty.to(DEVICE)
 
-    def loss_of(generator):
-        rows = torch.randint(len(latents), (size,), generator=generator)
-        picks = torch.randint(tokens.shape[1], (size,), generator=generator)
-        captions = tokens[rows, picks]
-        captions[torch.rand(size, generator=generator) < CAPTION_DROPOUT] = empty
-        steps = ((torch.arange(size) + torch.rand(size, generator=generator)) * (1000 / size)).long()
-        mean, deviation = latents[rows.to(DEVICE)].chunk(2, dim=1)
-        clean = mean + deviation * torch.randn(mean.shape, generator=generator).to(DEVICE)
-        noise = torch.randn(mean.shape, generator=generator).to(DEVICE)
-        noisy = scheduler.add_noise(clean, noise, steps.to(DEVICE))
+    def draw(generator, _):
+        def uniform(*shape):
+            return torch.rand(shape, generator=generator, device=DEVICE)
+
+        rows, picks = (uniform(size) * len(latents)).long(), (uniform(size) * tokens.shape[1]).long()
+        captions = torch.where(uniform(size, 1) < CAPTION_DROPOUT, empty, tokens[rows, picks])
+        steps = ((torch.arange(size, device=DEVICE) + uniform(size)) * (1000 / size)).long().clamp(max=999)
+        mean, deviation = latents[rows].chunk(2, dim=1)
+        noises = torch.randn((2, *mean.shape), generator=generator, device=DEVICE)
+        return mean + deviation * noises[0], noises[1], steps, captions
+
+    def loss_of(clean, noise, steps, captions):
+        noisy = scheduler.add_noise(clean, noise, steps)
         with autocast():
-            states = text_encoder(captions.to(DEVICE))[0]
+            states = text_encoder(captions)[0]
             noisy = noisy.contiguous(memory_format=torch.channels_last)
-            predicted = unet(noisy, steps.to(DEVICE), states).sample
+            predicted = unet(noisy, steps, states).sample
         return F.mse_loss(predicted.float(), noise)
 
-    run.train(loss_of, save_snapshot)
+    run.train(draw, loss_of, save_snapshot)
     run.swap_average()
     return run
 
@@ -495,12 +532,21 @@ def split(rendered, kinds):
     return kept, held_out
 
 
+def forget_where(folder):
+    """Takes out of the configs which folder their weights were loaded from."""
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text("utf-8"))
+        if config.pop("_name_or_path", None):
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def write_vae(vae, pixels):
     """Writes the VAE to the base's folder in fp16, with the factor that gives latents of unit deviation."""
     with torch.no_grad():
         latents = encode(vae, pixels[:: max(1, len(pixels) // 1000)])[:, :4]
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     copy.deepcopy(vae).half().save_pretrained(BASE_DIR / "vae.new")
+    forget_where(BASE_DIR / "vae.new")
     shutil.rmtree(BASE_DIR / "vae", ignore_errors=True)
     (BASE_DIR / "vae.new").rename(BASE_DIR / "vae")
     log(f"wrote {BASE_DIR / 'vae'}, latent scale {vae.config.scaling_factor}")
@@ -510,7 +556,7 @@ def vae_stage(minutes):
     rendered = render_pictures(VAE_PICTURES)
     kept, _ = split(rendered, VAE_PICTURES)
     pixels = np.concatenate([pixels for _, pixels, _ in kept])
-    vae = train_vae(pixels, minutes)
+    vae = train_vae(torch.from_numpy(pixels).to(DEVICE), minutes)
     colour = np.concatenate([pixels for kind, pixels, _ in kept if kind != "ink_lorelei"])
     write_vae(vae, colour)
     print(measure_vae.report(vae))
@@ -541,7 +587,7 @@ def unet_stage(minutes):
         "hardware": torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "pictures": len(latents),
-        "unet_batch_size": UNET_BATCH_SIZE,
+        "unet_batch_size": AT_ONCE * UNET_BATCH_SIZE,
         "unet_steps": run.step,
         "unet_minutes": round(run.elapsed / 60, 1),
     }
@@ -565,9 +611,9 @@ def main():
     WORK_DIR.mkdir(exist_ok=True)
     BASE_DIR.mkdir(exist_ok=True)
     if options.stage != "unet":
-        vae_stage(options.minutes or VAE_MINUTES)
+        vae_stage(options.minutes or VAE_MINUTES / SHORTER)
     if options.stage != "vae":
-        unet_stage(options.minutes or UNET_MINUTES)
+        unet_stage(options.minutes or UNET_MINUTES / SHORTER)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from torch import nn
 STEPS, BATCH, RATE = 160, 48, 3e-3  # of the training; half of a batch is damaged
 GRID = 32  # pixels a side after the first convolutions
 PASS = 0.95  # of the artist's held-out faces
-TRIES, GOOD, RELIABLE = 2, 0.8, 0.5  # it learns once more, if it doesn't catch this share of damaged faces; is believed
+RELIABLE = 0.5  # share of damaged faces that it must catch to be believed
+TRIES = 2  # at learning that much
 
 
 def as_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -156,9 +157,9 @@ class Judge:
             caught = float((damaged < mark).mean())
             if caught > self.caught:
                 self.network, self.mark, self.caught = model, mark, caught
-            if caught >= GOOD:
+            self.is_reliable = self.caught >= RELIABLE
+            if self.is_reliable:
                 break
-        self.is_reliable = self.caught >= RELIABLE
 
     def _train(self, faces: torch.Tensor, damage: Damage, generator: torch.Generator) -> nn.Sequential:
         model = network(faces.shape[2]).train()

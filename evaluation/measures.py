@@ -23,6 +23,7 @@ LINE_ART = {  # measure: the smallest spread (standard deviation) that a distanc
     "edge strength": 0.02,  # 99th percentile of the brightness gradient, per pixel: low if blurred. In [0, 0.71]
 }
 STROKES = 512  # length of stroke_directions(), which layout() has first
+ATTRIBUTE_PIXELS = 128  # a side of the pictures in which they are looked for
 ATTRIBUTES = ("glasses", "earrings", "beard", "flowers", "freckles", "smile", "long hair")  # of the demo's faces
 
 
@@ -109,14 +110,10 @@ def balanced_accuracy(seen: np.ndarray, truth: np.ndarray, weights: np.ndarray |
         return sum((weights @ right) / (weights @ asked) for right, asked in sides) / 2
 
 
-def attribute_network(pixels: int = 64) -> torch.nn.Sequential:
-    """A small convolutional network: pictures (n, 3, pixels, pixels) in [-1, 1] to one logit per attribute (n, 7).
-
-    Args:
-        pixels: 64 or 128. The weights have the same shapes; the first layer steps over pixels / 64 of them.
-    """
+def attribute_network() -> torch.nn.Sequential:
+    """A small convolutional network: pictures (n, 3, 128, 128) in [-1, 1] to one logit per attribute (n, 7)."""
     layers, channels = [], 3
-    for width, stride in ((24, pixels // 64), (24, 1), (40, 2), (48, 1), (64, 2), (96, 1), (128, 2), (128, 1)):
+    for width, stride in ((24, 2), (24, 1), (40, 2), (48, 1), (64, 2), (96, 1), (128, 2), (128, 1)):
         convolution = torch.nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
         layers += [convolution, torch.nn.BatchNorm2d(width), torch.nn.SiLU()]
         channels = width

@@ -114,7 +114,8 @@ class Features:
         self.asked = self.seen = self.clip_margins = None
         if network:
             self.asked = np.array([measures.asked_for(text) for text in texts])  # (n, attributes): 1, 0, NaN
-            images = torch.from_numpy(measures.squashed(pixels, 64)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            images = torch.from_numpy(measures.squashed(pixels, measures.ATTRIBUTE_PIXELS)).permute(0, 3, 1, 2)
+            images = images.float() / 127.5 - 1
             self.seen = torch.cat([network(part) for part in images.split(32)]).numpy() > 0  # (n, attributes)
         if clip:
             self.clip_margins = measures.clip_margins(clip, own, texts[:portraits])  # (p,)

@@ -69,7 +69,7 @@ def flags(place: Path, base, *more: str) -> list[str]:
         "--pretrained_model",
         str(base),
         "--resolution",
-        "64",
+        "128" if base == DEMO_BASE else "64",
         "--num_workers",
         "0",
         "--sample_prompts",
@@ -371,7 +371,7 @@ def test_without_a_data_set_it_answers_at_once_and_leads_to_the_demo(tmp_path):
         (["--num_train_epoch", "3"], ["--num_train_epoch", "did you mean --num_train_epochs?"]),
         (["--resolution", "big"], ["--resolution", "'big'"]),
         (  # found by dataset.py
-            ["--json_file", "faces/broken.json", "--pretrained_model", str(DEMO_BASE), "--resolution", "64"],
+            ["--json_file", "faces/broken.json", "--pretrained_model", str(DEMO_BASE), "--resolution", "128"],
             ["broken.json, line 2", "Expecting"],
         ),
     ],

@@ -233,7 +233,7 @@ def test_bad_input_ends_with_one_line_and_code_2(words, capsys):
 
 @pytest.mark.long
 def test_all_that_a_gpu_is_asked_for_also_runs_small_on_a_cpu(tmp_path):
-    small = {"MODEL": "demo", "RESOLUTION": "64", "ROWS": "a,c:b8", "STEPS": "2", "WARMUP": "1", "EPOCHS": "1"}
+    small = {"MODEL": "demo", "RESOLUTION": "128", "ROWS": "a,c:b8", "STEPS": "2", "WARMUP": "1", "EPOCHS": "1"}
     run = subprocess.run(
         ["bash", ROOT / "bench" / "run_gpu.sh"],
         capture_output=True,
@@ -241,9 +241,9 @@ def test_all_that_a_gpu_is_asked_for_also_runs_small_on_a_cpu(tmp_path):
         env=os.environ | small | {"OUT": str(tmp_path), "PYTHON": sys.executable},
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    (bench,) = tmp_path.glob("*-demo-64.json")
+    (bench,) = tmp_path.glob("*-demo-128.json")
     assert [row["row"] for row in json.loads(bench.read_text())["rows"] if "median_s" in row] == ["a", "c:b8"]
-    cold, warm = (tmp_path / f"trainer-demo-64-{name}" for name in ("cold", "warm"))
+    cold, warm = (tmp_path / f"trainer-demo-128-{name}" for name in ("cold", "warm"))
     first_step_s = [json.loads((folder / "summary.json").read_text())["first_step_s"] for folder in (cold, warm)]
     assert first_step_s[0] > first_step_s[1] > 0
     begun = [run.stderr.count(f"Encoding {what}:   0%") for what in ("faces", "texts")]

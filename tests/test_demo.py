@@ -18,8 +18,6 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
-from evaluation.measures import LINE_ART
-
 SHRUNK = [
     "--demo",
     "--num_train_epochs",
@@ -123,24 +121,17 @@ def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment,
     start = time.monotonic()
     printed = command([str(ROOT / "train_manga_lora.py"), "--demo"], environment, tmp_path)
     assert time.monotonic() - start < 8 * 60
-    measured = {
-        line[:28].strip(): [float(x) for x in line[28:].replace("to", "").split()]
-        for line in printed.splitlines()
-        if line.startswith(tuple(LINE_ART))
-    }
-    base, lora, _, _, _ = measured["colourfulness"]
-    assert base >= 20 and lora <= base / 4
-    _, lora, _, low, high = measured["ink share"]
-    assert low <= lora <= high
-    summary = json.loads((tmp_path / "demo_output" / "summary.json").read_text())
+    output = tmp_path / "demo_output"
+    summary, scores = (json.loads((output / f"{name}.json").read_text()) for name in ("summary", "scores"))
+    away = {of: scores[of]["style: colourfulness"]["value"] for of in ("base", "lora")}  # in spreads of the faces
+    assert away["lora"] <= away["base"] / 4
     assert summary["val_ratio"] <= 0.85
     assert summary["score_maximum"] >= 8 and summary["score"] >= 0.5 * summary["score_maximum"]
-    scores = json.loads((tmp_path / "demo_output" / "scores.json").read_text())
     assert scores["lora"]["copies"] == [] and scores["lora"]["diversity"]["value"] >= 0.8
     last = printed[printed.index("Validation loss 0.0") :]
-    assert "converged after" in last and "Score: " in last and "Best epoch: " in last
+    assert "Score: " in last and "Best epoch: " in last and "Style learnt, faces intact" in last
     report = json.loads((ROOT / "demo" / "base" / "training.json").read_text())
-    assert report["held_out_loss"]["colour_lorelei"] <= 0.08
+    assert report["held_out_loss"]["colour_lorelei"] <= 0.045
 
 
 def test_the_faces_are_what_their_script_draws(monkeypatch):

@@ -229,7 +229,7 @@ def test_a_base_that_declares_the_wrong_prediction_type_is_stopped_before_step_o
     demo_base_as, tmp_path, faces, share
 ):
     base = demo_base_as(prediction_type="v_prediction")
-    config = small_config(tmp_path, faces, base, validation_share=share, early_stopping_patience=0)
+    config = small_config(tmp_path, faces, base, resolution=128, validation_share=share, early_stopping_patience=0)
     with pytest.raises(BaseModelError) as caught:
         run(config)
     file = base / "scheduler" / "scheduler_config.json"
@@ -250,7 +250,9 @@ def test_a_single_file_s_prediction_type_is_set_beside_it_or_in_the_copy_that_is
     save_file(tensors, tmp_path / "beside" / "anime.safetensors")
     save_file(tensors | {"v_pred": torch.tensor([])}, tmp_path / "flagged" / "anime.safetensors")
     for folder in ("beside", "flagged"):
-        config = small_config(tmp_path / f"run {folder}", faces, tmp_path / folder / "anime.safetensors")
+        config = small_config(
+            tmp_path / f"run {folder}", faces, tmp_path / folder / "anime.safetensors", resolution=128
+        )
         with pytest.raises(BaseModelError) as caught:
             run(config, num_train_epochs=1)
         file, must_stay = re.search(r": in (.*json)(.*) set ", str(caught.value)).groups()
@@ -264,7 +266,7 @@ def test_a_single_file_s_prediction_type_is_set_beside_it_or_in_the_copy_that_is
 def test_a_base_that_predicts_nothing_is_warned_of_once_and_the_demo_s_is_not(tmp_path, faces, tiny_base, capsys):
     run(small_config(tmp_path / "random", faces, tiny_base, num_train_epochs=2))
     assert capsys.readouterr().out.count("This base hardly predicts these faces") == 1
-    run(small_config(tmp_path / "demo", faces, ROOT / "demo" / "base", num_train_epochs=1))
+    run(small_config(tmp_path / "demo", faces, ROOT / "demo" / "base", num_train_epochs=1, resolution=128))
     assert "hardly predicts" not in capsys.readouterr().out
 
 
@@ -291,6 +293,6 @@ def test_v_prediction_with_zero_terminal_snr_has_its_formulas_target_and_trains_
     assert torch.allclose(losses, (a * noise - sigma * latents).square().mean(dim=(1, 2, 3)), atol=1e-5)
     assert torch.allclose(losses[0], latents[0].square().mean(), atol=1e-3)
     pictures = {"sample_prompts": ("a face",), "samples_per_prompt": 1, "sample_steps": 2}
-    config = small_config(tmp_path, faces, demo_base_as(**changes), num_train_epochs=1, **pictures)
+    config = small_config(tmp_path, faces, demo_base_as(**changes), num_train_epochs=1, resolution=128, **pictures)
     run(config)  # though these weights predict the noise
     assert Path(config.output_dir, "before_after.png").is_file()

@@ -148,9 +148,9 @@ def test_half_of_the_prompts_ask_for_each_attribute_in_words_of_the_captions():
     assert asked_words <= {word.strip(",") for word in words}
 
 
-def test_the_judge_of_attributes_is_right_on_19_of_20_renders_it_has_not_seen():
+def test_the_judge_of_attributes_is_right_on_93_of_100_renders_it_has_not_seen():
     _, accuracy = measures.load_attribute_network()
-    assert set(accuracy) == set(ATTRIBUTES) and min(accuracy.values()) >= 0.95, accuracy
+    assert set(accuracy) == set(ATTRIBUTES) and min(accuracy.values()) >= 0.93, accuracy
 
 
 def test_clip_margins_are_those_of_the_library_s_own_preprocessing():
@@ -347,7 +347,8 @@ def evaluation_of(style: str, folder) -> Evaluation:
         output_dir=str(folder / "out"),
         cache_dir=str(folder / "cache"),
         pretrained_model=str(ROOT / "demo" / "base"),
-        resolution=64,
+        resolution=128,
+        guidance_scale=DEMO["guidance_scale"],
         lora_rank=4,
         lora_alpha=8,
         validation_share=0.25,
@@ -390,49 +391,49 @@ def each(change):
 
 def shuffled(faces):
     faces, rng = faces.copy(), np.random.default_rng(0)
-    corners = list(itertools.product(range(16, 56, 8), range(16, 48, 8)))
+    corners = list(itertools.product(range(32, 112, 16), range(32, 96, 16)))
     for face in faces:
-        tiles = [face[y : y + 8, x : x + 8].copy() for y, x in corners]
+        tiles = [face[y : y + 16, x : x + 16].copy() for y, x in corners]
         for (y, x), number in zip(corners, rng.permutation(len(tiles)), strict=True):
-            face[y : y + 8, x : x + 8] = tiles[number]
+            face[y : y + 16, x : x + 16] = tiles[number]
     return faces
 
 
 def erased(faces):
     faces = faces.copy()
     for face in faces:
-        face[20:52, 16:48] = np.median(face[20:52, 16:48].reshape(-1, 3), axis=0)
+        face[40:104, 32:96] = np.median(face[40:104, 32:96].reshape(-1, 3), axis=0)
     return faces
 
 
 def eyes_below_the_mouth(faces):
     faces, before = faces.copy(), faces
-    faces[:, 40:52, 16:48], faces[:, 26:38, 16:48] = before[:, 26:38, 16:48], before[:, 40:52, 16:48]
+    faces[:, 80:104, 32:96], faces[:, 52:76, 32:96] = before[:, 52:76, 32:96], before[:, 80:104, 32:96]
     return faces
 
 
 def half_mirrored(faces):
-    return np.concatenate([faces[:, :, :32], faces[:, :, 31::-1]], axis=2)
+    return np.concatenate([faces[:, :, :64], faces[:, :, 63::-1]], axis=2)
 
 
 def wavy(faces):
-    y, x = np.mgrid[:64, :64]
-    return faces[:, y, np.clip(x + 5 * np.sin(y / 4), 0, 63).round().astype(int)]
+    y, x = np.mgrid[:128, :128]
+    return faces[:, y, np.clip(x + 10 * np.sin(y / 8), 0, 127).round().astype(int)]
 
 
 DAMAGE = {
     "tiles shuffled": shuffled,
     "face erased": erased,
     "upside down": lambda faces: faces[:, ::-1],
-    "blurred by 2 pixels": each(lambda face: face.filter(ImageFilter.GaussianBlur(2))),
+    "blurred by 4 pixels": each(lambda face: face.filter(ImageFilter.GaussianBlur(4))),
     "one picture repeated": lambda faces: faces[:1].repeat(len(faces), axis=0),
     "colour leak": each(lambda face: Image.blend(face, Image.new("RGB", face.size, (250, 90, 120)), 0.25)),
     "noise": lambda faces: np.random.default_rng(0).integers(0, 256, faces.shape, dtype=np.uint8),
     # of kinds that the judge doesn't learn
     "one half mirrored": half_mirrored,
     "wavy": wavy,
-    "coarse pixels": lambda faces: faces[:, 2::4, 2::4].repeat(4, axis=1).repeat(4, axis=2),
-    "every face twice as large": each(lambda face: face.crop((16, 16, 48, 48)).resize((64, 64))),
+    "coarse pixels": lambda faces: faces[:, 4::8, 4::8].repeat(8, axis=1).repeat(8, axis=2),
+    "every face twice as large": each(lambda face: face.crop((32, 32, 96, 96)).resize((128, 128))),
     "pale": lambda faces: (0.5 * faces + 64).astype(np.uint8),
     "eyes below the mouth": eyes_below_the_mouth,
 }
@@ -464,7 +465,9 @@ def test_five_epochs_of_a_run_come_in_their_order_between_base_and_real_faces(in
 
 def test_the_judge_is_the_same_from_the_same_seed_and_passes_95_percent_of_what_it_is_calibrated_on(ink):
     references = ink.references
-    half, other = (measures.squashed(some, 64) for some in (references.half_pixels, references.other_pixels))
+    half, other = (
+        measures.squashed(some, references.side) for some in (references.half_pixels, references.other_pixels)
+    )
     assert references.judge.passes(half).mean() >= 0.95
     assert references.judge.passes(other).mean() >= 0.85
     assert references.judge.is_reliable and references.judge.caught > 0.7
