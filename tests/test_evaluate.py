@@ -514,7 +514,7 @@ def test_a_planted_copy_and_a_mirrored_one_are_named_and_nothing_else_is(ink, tr
 
 def test_the_judge_of_attributes_sees_in_real_faces_what_their_captions_say(ink):
     faces = [ink.dataset.faces[face] for face in ink.dataset.train[:100]]
-    pixels = torch.stack([load_image(face.path, None, (64, 64)) for face in faces])
+    pixels = torch.stack([load_image(face.path, None, (128, 128)) for face in faces])
     vae = ink.pipe.vae
     with torch.no_grad():
         drawn = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in pixels.split(10)])

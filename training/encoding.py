@@ -112,9 +112,12 @@ def cache_room(dataset: MangaFaceDataset, config, configs: Path, dtype: torch.dt
     vae, text_encoder = (
         json.loads((configs / part / "config.json").read_text(encoding="utf-8")) for part in ("vae", "text_encoder")
     )
+    channels, width = vae.get("latent_channels", 4), text_encoder.get("hidden_size", 768)
+    if not all(type(number) is int for number in (channels, width)):  # a damaged base, refused when it is loaded
+        channels, width = 4, 768
     pixels = 4 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)  # of a latent one
-    of_faces = [2 * vae.get("latent_channels", 4) * 4 * math.prod(face.shape) // pixels for face in dataset.faces]
-    of_a_text = 77 * text_encoder.get("hidden_size", 768) * dtype.itemsize
+    of_faces = [2 * channels * 4 * math.prod(face.shape) // pixels for face in dataset.faces]
+    of_a_text = 77 * width * dtype.itemsize
     texts = len({*dataset.texts, *config.sample_prompts})
     needed = sum(map(record_bytes, of_faces)) + texts * record_bytes(of_a_text)
     folder = Path(config.cache_dir)
