@@ -45,14 +45,15 @@ def _prompt(config) -> str:
 
 
 def _python(config, base: str, lora: str, device: str = "cpu") -> list[str]:
-    """Lines of Python that draw with the LoRA on its base, with the run's clip skip."""
+    """Lines of Python that draw with the LoRA on its base, with the run's clip skip and guidance."""
     load = "from_single_file" if base.endswith((".safetensors", ".ckpt")) else "from_pretrained"
     to = f'.to("{device}")' if device != "cpu" else ""
     lines = [f"pipe = StableDiffusionPipeline.{load}({base!r}){to}", f"pipe.load_lora_weights({lora!r})"]
     if config.clip_skip > 1:
         lines += ['encoder = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder']
         lines += [f"del encoder.layers[{1 - config.clip_skip}:]"]
-    draw = f'pipe({_prompt(config)!r}).images[0].save("face.png")'
+    guidance = "" if config.guidance_scale == 7.5 else f", guidance_scale={config.guidance_scale:g}"  # diffusers' own
+    draw = f'pipe({_prompt(config)!r}{guidance}).images[0].save("face.png")'
     return ["from diffusers import StableDiffusionPipeline", *lines, draw]
 
 

@@ -162,6 +162,9 @@ def test_the_prompt_for_a1111_is_printed_where_it_can_load_the_file(shared):
     labels, cpu = {"ss_base_model_version": "sd_v1"}, torch.device("cpu")
     fake = type("Run", (), {"labels": labels, "output": pathlib.Path("out"), "device": cpu})
     lines = share.use_it(fake, config, pathlib.Path("base")).splitlines()
+    assert "guidance" not in lines[0]
+    guided = dataclasses.replace(config, guidance_scale=3.0)
+    assert "sad', guidance_scale=3).images[0]" in share.use_it(fake, guided, pathlib.Path("base"))
     assert lines[1] == 'In A1111, Forge: <lora:my_style:1> sks style, a "manga" face: sad   (Clip skip: 2)'
     assert lines[2].startswith('In ComfyUI: "Load LoRA"') and len(lines) == 4
 
