@@ -223,7 +223,7 @@ class MangaFaceDataset:
         content = [(face.name, face.sha256, face.captions, *[face.repeats] * (face.repeats > 1)) for face in faces]
         digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()  # noqa: E731
         self.fingerprint, self.hashes = digest(content), {face[0]: digest(face)[:16] for face in content}
-        described = [face.captions for face in faces if face.name not in self.named_by_folder]
+        described = [face.captions for face in faces if face.name not in self._named_by_folder]
         self.kind = kind_of(described or [face.captions for face in faces])
         if self.kind != "sentences":
             faces = [replace(face, captions=tidy_tags(face.captions, self.kind)) for face in faces]
@@ -274,7 +274,7 @@ class MangaFaceDataset:
             raise InputError(f"dataset_dir={str(self.dataset_dir)!r} is not a folder: set dataset_dir, or try --demo")
         self.layout = read_layout(self.dataset_dir, self.json_file)
         self.json_file = self.layout.json_file or self.json_file
-        self.named_by_folder = {entry.name for entry in self.layout.entries if not entry.is_described}
+        self._named_by_folder = {entry.name for entry in self.layout.entries if not entry.is_described}
         found: dict[Path, tuple[str, tuple[str, ...], int]] = {}
         listings: dict[Path, dict] = {}
         missing, silent = [], []

@@ -122,7 +122,7 @@ def build_ours(args, micro_batch: int | None, checkpointing: bool | None, mode: 
         while len(launched) > 1:  # read one step late, as the trainer does
             launched.pop(0)()
 
-    checkpointed = {"nothing": "no", "largest": "largest", "all": "yes"}[plan.checkpointing]
+    checkpointed = {"nothing": "no", "all": "yes"}.get(plan.checkpointing, plan.checkpointing)
     return step, model.optimizer, plan.micro_batch, checkpointed, model.plans.can_be_graphed
 
 

@@ -4,7 +4,7 @@
 picture is, trains a small network on them, tests it on faces it has not seen, and writes `demo/attributes/`:
 the network, and prompts that ask for each attribute half of the time. `evaluation/` reads both.
 
-`python demo/train_attributes.py demo/.work/base FOLDER` does the same for that base, at its size, and writes to FOLDER.
+`python demo/train_attributes.py demo/.work/base FOLDER` does the same for that base, and writes to FOLDER.
 """
 
 import json

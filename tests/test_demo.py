@@ -124,7 +124,8 @@ def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment,
     output = tmp_path / "demo_output"
     summary, scores = (json.loads((output / f"{name}.json").read_text()) for name in ("summary", "scores"))
     away = {of: scores[of]["style: colourfulness"]["value"] for of in ("base", "lora")}  # in spreads of the faces
-    assert away["lora"] <= away["base"] / 4
+    assert away["base"] > 4 and away["lora"] <= away["base"] / 4
+    assert scores["lora"]["style: ink share"]["value"] < 1
     assert summary["val_ratio"] <= 0.85
     assert summary["score_maximum"] >= 8 and summary["score"] >= 0.5 * summary["score_maximum"]
     assert scores["lora"]["copies"] == [] and scores["lora"]["diversity"]["value"] >= 0.8

@@ -43,6 +43,7 @@ def parts(tiny_base, shared_faces):
     config = trainer.TrainingConfig(lora_rank=4, lora_alpha=8)
     model = build(tiny_base, config, torch.float64, micro_batch=3)
     torch.nn.init.normal_(model.weights, std=0.1)
+    model.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     dataset = MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64, num_workers=0)
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(len(dataset.faces), 4, 8, 8, generator=generator, dtype=torch.float64)

@@ -143,6 +143,15 @@ def test_pictures_of_an_unread_format_are_named_in_kohya_s_folders_too(tmp_path)
     assert "Pictures in a format that isn't read: 1 (10_girl/photo.heic)" in read(tmp_path).report()
 
 
+def test_a_link_that_looks_like_a_kohya_folder_is_not_looked_into(tmp_path):
+    write(tmp_path / "elsewhere" / "private.heic", "x")
+    folder = tmp_path / "faces"
+    draw(folder, ["a"])
+    write(folder / "a.json", [{"image_name": "a", "captions": "A girl."}])
+    (folder / "10_link").symlink_to(tmp_path / "elsewhere")
+    assert "private" not in read(folder).report()
+
+
 @pytest.mark.parametrize("folder", [".", "10_girl"])
 def test_two_sidecars_of_one_picture_are_joined_and_said(tmp_path, folder):
     draw(tmp_path / folder, ["a", "b"])

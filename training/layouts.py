@@ -84,8 +84,9 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
 
 def unread_pictures(folder: Path) -> list[str]:
     """Names of pictures in formats that aren't read, in kohya's folders, too."""
-    below = [name for name in os.listdir(folder) if re.match(KOHYA, name)] if os.path.isdir(folder) else []
-    inside = [f"{name}/{other}" for name in sorted(below) for other in _files(folder / name, OTHER_PICTURES)]
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    below = [name for name in names if re.fullmatch(KOHYA, name) and not os.path.islink(folder / name)]
+    inside = [f"{name}/{other}" for name in below for other in _files(folder / name, OTHER_PICTURES)]
     return [*_files(folder, OTHER_PICTURES), *inside]
 
 
@@ -467,6 +468,6 @@ def _why_nothing(folder: Path, json_file: Path) -> str:
 def may_hold_captions(folder: str | Path) -> bool:
     """A quick look, before anything is read: is there any file or folder that a layout could be made of?"""
     return any(
-        name.lower().endswith((".json", "metadata.jsonl", "metadata.csv", *SIDECARS)) or re.match(r"\d+_", name)
+        name.lower().endswith((".json", "metadata.jsonl", "metadata.csv", *SIDECARS)) or re.fullmatch(KOHYA, name)
         for name in os.listdir(folder)
     )
