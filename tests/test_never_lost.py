@@ -1042,4 +1042,8 @@ def test_all_that_may_change_without_changing_the_weights_changes_none(two_check
     )
     found = everything_in(config.output_dir)
     for name in found.keys() & undisturbed[0].keys() - {"config.json"}:
-        assert found[name] == undisturbed[0][name], name
+        expected = undisturbed[0][name]
+        if name == "share/README.md":  # it says at which guidance to draw
+            assert b"pipe('a manga face')" in expected
+            expected = expected.replace(b"pipe('a manga face')", b"pipe('a manga face', guidance_scale=3)")
+        assert found[name] == expected, name
