@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 from tqdm import tqdm
 
@@ -30,13 +32,14 @@ from training.captions import kind_of, packs, shuffles, tidy_tags
 from training.files import InputError, sha256_of
 from training.framing import MUCH_CUT, frame_picture, ink_cut
 from training.layouts import IMAGE_SUFFIXES, find_image, read_layout, shown, some_of, unread_pictures, why_missing
-from training.pictures import colour_share, dhashes, load_image, read_picture
+from training.pictures import colour_share, cut_out, dhashes, read_picture
 
 NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two most similar faces 13
 FACE_WORDS = {"alone", "back", "bottom", "cry", "empty", "fire", "front"}  # on scikit-learn's list of stop words, but
 FACE_WORDS |= {"full", "serious", "side", "sincere", "thick", "thin", "top"}  # they describe faces
 STRONGEST_TERMS = 3  # of a face decide on its weight
 MANY_FACES = 50  # above, a word that a single face has is under 2 %: odd wording rather than a rare feature
+KEPT_PIXELS = 2**26  # of pictures stay decoded until they are encoded: 192 MiB
 GOLDEN_RATIO = 0.618034  # its multiples, modulo 1, fill [0, 1) as evenly as any sequence can
 
 
@@ -99,8 +102,10 @@ def near_duplicates(faces: list["Face"]) -> list[int]:
     return first
 
 
-def _read_face(name: str, path: Path, captions: tuple[str, ...], repeats: int, **framing) -> Face | str:
-    """The face, or why its file can't be used. Decodes all of it: a torn file must fail here, not in epoch 3.
+def _read_face(name: str, path: Path, captions: tuple[str, ...], repeats: int, **framing) -> tuple:
+    """(the face, its picture), or (why its file can't be used, None).
+
+    Decodes all of it: a torn file must fail here, not in epoch 3.
 
     framing: options of frame_picture().
     """
@@ -113,9 +118,10 @@ def _read_face(name: str, path: Path, captions: tuple[str, ...], repeats: int, *
     except MemoryError:  # is no fault of the picture's
         raise
     except Exception as error:  # on a damaged file Pillow also trips with struct.error, TypeError and others
-        return f"{path.name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+        return f"{path.name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", None
     hashes = dhashes(grey)
-    return Face(name, path, captions, sha256, picture.size, hashes, frame, box, shape, remark, repeats, *seen)
+    face = Face(name, path, captions, sha256, picture.size, hashes, frame, box, shape, remark, repeats, *seen)
+    return face, picture
 
 
 # Rarity --------------------------------------------------------------------------------------------------------
@@ -219,6 +225,7 @@ class MangaFaceDataset:
         self.prefix = f"{trigger_word}, " if trigger_word else ""
         self.framing, self.trim_frames, self.unit = framing, trim_frames, unit
         self.skipped: list[str] = []  # one line per face that can't be used
+        self.kept: dict[Path, Image.Image] = {}  # by file, decoded: until they are encoded or drawn
         faces = self._read_faces(max(1, num_workers))
         content = [(face.name, face.sha256, face.captions, *[face.repeats] * (face.repeats > 1)) for face in faces]
         digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()  # noqa: E731
@@ -245,10 +252,20 @@ class MangaFaceDataset:
 
     def __getitem__(self, index: int) -> dict:
         """{"pixel_values": (3, H, W) in [-1, 1], "captions": texts, "weight": float} of training face `index`."""
-        face = self.faces[self.train[index]]
-        pixels = load_image(face.path, face.box, face.shape)
         texts = tuple(self.texts[text] for text in self.text_indices[self.train[index]])
+        pixels = self.pixels(self.train[index])
         return {"pixel_values": pixels, "captions": texts, "weight": float(self.weights[index])}
+
+    def pixels(self, index: int, shape: tuple[int, int] | None = None) -> torch.Tensor:
+        """Face `index` as it is trained on, or that part of its file at `shape` (H, W).
+
+        The first time from the picture that was kept when it was read, if it was, then from the file.
+
+        Shape: (3, H, W), float32 in [-1, 1]. Raises: as load_image() does.
+        """
+        face = self.faces[index]
+        picture = self.kept.pop(face.path, None) or read_picture(face.path)[0]
+        return cut_out(picture, face.box, shape or face.shape)
 
     def make_texts(self, tokenizer=None) -> None:
         """Fill texts, text_indices and first_text. Packs need the base's tokenizer: call this once it is known."""
@@ -289,9 +306,14 @@ class MangaFaceDataset:
                 found[path] = (first, before + entry.captions, repeats)
         self.skipped = why_missing(self.dataset_dir, missing, set(found)) + silent
         framing = {name: getattr(self, name) for name in ("resolution", "unit", "framing", "trim_frames")}
+        faces, room = [], KEPT_PIXELS
         with ThreadPoolExecutor(threads) as pool:
             read = pool.map(lambda path: _read_face(found[path][0], path, *found[path][1:], **framing), found)
-            faces = list(tqdm(read, "Reading faces", len(found), leave=False, disable=None, unit="face"))
+            for face, picture in tqdm(read, "Reading faces", len(found), leave=False, disable=None, unit="face"):
+                faces.append(face)
+                if picture and math.prod(picture.size) <= room:
+                    room -= math.prod(picture.size)
+                    self.kept[face.path] = picture
         self.skipped += [face for face in faces if isinstance(face, str)]
         if usable := [face for face in faces if isinstance(face, Face)]:
             return usable

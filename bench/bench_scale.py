@@ -4,10 +4,10 @@
     python bench/bench_scale.py --faces 100,1000
     python bench/bench_scale.py --table                    the results as markdown
 
-The demo's base at 64 px; the faces are the demo's, each copy with a few pixels and seven captions of its own, so that
-none is cached before. Per face: reading (decode, hash, captions), encoding (VAE and text encoder, written to the
-cache), checking that cache at the next start. Per step of 8: drawing, and the step. What of the data set lies on the
-device is one step's, whatever its size; what the process grows by is measured.
+The demo's base at its 128 px; the faces are the demo's, each copy with a few pixels and seven captions of its own, so
+that none is cached before. Per face: reading (decode, hash, captions, packs of them), encoding (VAE and text encoder,
+written to the cache), checking that cache at the next start. Per step of 8: drawing, and the step. What of the data
+set lies on the device is one step's, whatever its size; what the process grows by is measured.
 """
 
 import argparse
@@ -29,15 +29,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from bench_training import describe_machine, git_commit  # noqa: E402
 
+RESOLUTION = 128  # the demo's
 STEPS = 30  # timed, of each data set in turn
 CAPTIONS = 7  # of each face
 
 
 def make_faces(folder: Path, count: int) -> None:
-    """`count` different pictures of 64 px with the demo's captions."""
+    """`count` different pictures of 128 px with the demo's captions."""
     entries = json.loads((ROOT / "demo" / "faces" / "modified_face_250.json").read_text(encoding="utf-8"))
     pictures = [
-        Image.open(ROOT / "demo" / "faces" / f"{entry['image_name']}.png").convert("RGB").resize((64, 64))
+        Image.open(ROOT / "demo" / "faces" / f"{entry['image_name']}.png").convert("RGB").resize((RESOLUTION,) * 2)
         for entry in entries
     ]
     random, listed = np.random.default_rng(0), []
@@ -56,7 +57,7 @@ def measure_data_set(folder: Path, count: int) -> tuple[dict, object]:
     import torch
 
     from dataset import MangaFaceDataset
-    from training.base_model import load_text_encoder, load_vae
+    from training.base_model import load_text_encoder, load_tokenizer, load_vae
     from training.encoding import EncodedDataset, encode_faces, encode_texts, folder_identity
 
     make_faces(folder, count)
@@ -70,7 +71,13 @@ def measure_data_set(folder: Path, count: int) -> tuple[dict, object]:
 
     vae, text_encoder = load_vae(base, device), load_text_encoder(base, device)
     identity, before = folder_identity(base / "vae"), psutil.Process().memory_info().rss
-    dataset = timed("read", lambda: MangaFaceDataset(folder, folder / "captions.json", 64))
+
+    def read() -> MangaFaceDataset:
+        dataset = MangaFaceDataset(folder, folder / "captions.json", RESOLUTION)
+        dataset.make_texts(load_tokenizer(base))
+        return dataset
+
+    dataset = timed("read", read)
 
     def encode() -> EncodedDataset:
         faces = encode_faces(dataset, cache, identity, lambda: vae)

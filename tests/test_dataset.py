@@ -260,6 +260,23 @@ def test_a_picture_that_memory_does_not_suffice_for_is_not_taken_for_a_bad_one(t
         MangaFaceDataset(faces.dataset_dir, faces.json_file, 8)
 
 
+def test_a_picture_is_decoded_once_before_it_is_encoded_if_memory_for_it_remains(tmp_path, monkeypatch):
+    decoded = []
+    real = dataset_module.read_picture
+    monkeypatch.setattr(dataset_module, "read_picture", lambda path: decoded.append(path.name) or real(path))
+    monkeypatch.setattr(encoding, "encode_image", lambda _, pixels: pixels)
+    folder = make_faces(tmp_path / "faces", [COMMON] * 6).dataset_dir
+    found = []
+    for kept, again in ((dataset_module.KEPT_PIXELS, 0), (3 * 8 * 8, 3), (0, 6)):
+        monkeypatch.setattr(dataset_module, "KEPT_PIXELS", kept)
+        decoded.clear()
+        faces = MangaFaceDataset(folder, folder / "captions.json", 8)
+        assert sorted(decoded) == [f"face{number:03d}.png" for number in range(6)]
+        found.append(torch.stack(list(encode_faces(faces, tmp_path / f"cache{again}", "vae", lambda: None))))
+        assert len(decoded) == 6 + again and not faces.kept
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_a_cache_that_loses_what_was_just_encoded_is_named(tmp_path, monkeypatch):
     faces = make_faces(tmp_path / "faces", [COMMON] * 3)
     monkeypatch.setattr(encoding, "encode_image", lambda *_: torch.ones(2, 4, 1, 1))

@@ -22,7 +22,6 @@ from training.bases import Unreachable, find_configs
 from training.files import write_atomic
 from training.folder import PAGE
 from training.layouts import shown, some_of
-from training.pictures import load_image
 
 FEW_FACES, FEW_STEPS, ENOUGH_STEPS = 20, 200, 1000
 USUAL_RATES = (1e-6, 5e-4)  # of a LoRA on Stable Diffusion 1.5
@@ -159,7 +158,7 @@ def dataset_page(dataset: MangaFaceDataset, tokenizer, config, steps: int) -> st
         kept |= set(warned[: MOST_FACES - len(kept)])
         chosen = [index for index in chosen if index in kept]
     with ThreadPoolExecutor(max(1, config.num_workers)) as pool:
-        drawn = pool.map(lambda index: _picture(faces[index]), chosen)
+        drawn = pool.map(lambda index: _picture(dataset, index), chosen)
         pictures = list(tqdm(drawn, f"Drawing {PAGE}", len(chosen), leave=False, disable=None, unit="face"))
     cards, room = [], MOST_BYTES - 10**6  # for the rest of the page
     for index, picture in zip(chosen, pictures, strict=True):
@@ -249,17 +248,18 @@ def _captions(dataset: MangaFaceDataset, index: int, lost: dict[str, int]) -> st
     return f"<ul>\n{''.join(lines)}</ul>\n" + (joined if first != dataset.prefix + captions[0] else "")
 
 
-def _picture(face) -> str:
+def _picture(dataset: MangaFaceDataset, index: int) -> str:
     """The face as it is trained on, made small, as an <img>; "" if it can't be read any more."""
+    shape = dataset.faces[index].shape
+    smaller = min(1, THUMBNAIL / max(shape))
     try:
-        pixels = load_image(face.path, face.box, face.shape)
+        pixels = dataset.pixels(index, tuple(round(smaller * side) for side in shape))
     except MemoryError:
         raise
     except Exception:  # changed since it was read
         return '<p class="alert">can\'t be read any more</p>\n'
     image = Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
-    kind, look = ("jpeg", "") if max(image.size) > THUMBNAIL // 2 else ("png", ' class="small"')
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    kind, look = ("jpeg", "") if max(shape) > THUMBNAIL // 2 else ("png", ' class="small"')
     file = io.BytesIO()
     image.save(file, kind, quality=82)
     width, height = (round(THUMBNAIL * side / max(image.size)) for side in image.size)

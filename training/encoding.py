@@ -18,7 +18,6 @@ from training.base_model import load_text_encoder, load_vae
 from training.cache import Cache, record_bytes
 from training.files import InputError, Stop, sha256_of
 from training.memory import free_memory
-from training.pictures import load_image
 
 ENCODING_VERSION = 3  # raise it when load_image or the encoding changes: old cache entries are then ignored
 TEXT_BATCH = 32  # texts encoded at a time
@@ -171,13 +170,14 @@ def encode_faces(
             face = dataset.faces[index]
             if sha256_of(face.path) != face.sha256:
                 raise InputError(f"{face.path} has changed since the start of this run: start it again")
-            latents = encode_image(vae, load_image(face.path, face.box, face.shape))
+            latents = encode_image(vae, dataset.pixels(index))
             if not latents.isfinite().all():
                 raise InputError(f"{face.path} encodes to NaN: look at it, or remove it from the caption file")
             yield latents
 
     cache = Cache(Path(cache_dir, "latents"), process)
     cache.fill(keys, make, "faces", [math.prod(face.shape) for face in dataset.faces])
+    dataset.kept.clear()
     return Encoded(cache, keys)
 
 

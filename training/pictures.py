@@ -41,7 +41,11 @@ def load_image(path: str | Path, box: tuple[float, float, float, float] | None, 
     Raises:
         OSError, ValueError, SyntaxError, Image.DecompressionBombError: Pillow can't decode the file.
     """
-    image, _ = read_picture(path)
+    return cut_out(read_picture(path)[0], box, shape)
+
+
+def cut_out(image: Image.Image, box: tuple[float, float, float, float] | None, shape: tuple[int, int]) -> torch.Tensor:
+    """What load_image() makes of a file, of an RGB picture."""
     box = box or centred_box((0, 0, *image.size), shape)
     left, top, right, bottom = box
     image = image.crop((left, top, math.ceil(right), math.ceil(bottom)))  # a filter would look beyond the box
