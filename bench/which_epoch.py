@@ -1,7 +1,7 @@
 """Does the best epoch's choice hold? A run that overfits on purpose, and every few epochs scored with many pictures.
 
     python bench/which_epoch.py OUT --faces 40 --learning_rate 6e-3 --num_train_epochs 80
-    python bench/which_epoch.py OUT --dataset_dir FACES --faces 40 --learning_rate 6e-3 --num_train_epochs 80
+    python bench/which_epoch.py OUT --dataset_dir demo/other_faces --faces 40 --learning_rate 6e-3 --num_train_epochs 80
 
 Trains on a few faces of a data set (the demo's), at a rate and for as long as it takes to learn them by heart. Then
 says which epoch the program exported, and draws and scores 256 pictures with the LoRA of each of eight epochs.
@@ -42,7 +42,8 @@ def main() -> None:
     from evaluation.score import Evaluation
     from training.bases import resolution_unit
 
-    entries = json.loads((args.dataset_dir / "modified_face_250.json").read_text(encoding="utf-8"))
+    (listed,) = args.dataset_dir.glob("*.json")
+    entries = json.loads(listed.read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
     captions = args.out / "captions.json"
     captions.write_text(json.dumps(entries[: args.faces]), encoding="utf-8")
