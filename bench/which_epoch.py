@@ -4,15 +4,18 @@
     python bench/which_epoch.py OUT --dataset_dir demo/other_faces --faces 40 --learning_rate 6e-3 --num_train_epochs 80
 
 Trains on a few faces of a data set (the demo's), at a rate and for as long as it takes to learn them by heart. Then
-says which epoch the program exported, and draws and scores 256 pictures with the LoRA of each of eight epochs.
+says which epoch the program exported, and draws and scores 256 pictures with the LoRA of each of eight epochs. With
+--timesteps 8 16 each validation is made with so many a face, too: would they choose another epoch?
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,11 +31,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dataset_dir", type=Path, default=ROOT / "demo" / "faces")
     parser.add_argument("--faces", type=int, default=40)
-    parser.add_argument("--learning_rate", type=float, default=6e-3)
-    parser.add_argument("--num_train_epochs", type=int, default=80)
     parser.add_argument("--pictures", type=int, default=256, help="at least, for each score [256]")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--timesteps", type=int, nargs="*", default=[], help="of each face, in more validations")
+    args, rest = parser.parse_known_args()  # the rest is for the training
 
     import torch
 
@@ -40,6 +41,7 @@ def main() -> None:
     from dataset import MangaFaceDataset
     from evaluation import best_epoch, pictures
     from evaluation.score import Evaluation
+    from training import denoising
     from training.bases import resolution_unit
 
     (listed,) = args.dataset_dir.glob("*.json")
@@ -49,20 +51,32 @@ def main() -> None:
     captions.write_text(json.dumps(entries[: args.faces]), encoding="utf-8")
     words = ["--demo", "--dataset_dir", str(args.dataset_dir), "--json_file", str(captions)]
     words += ["--output_dir", str(args.out / "run"), "--cache_dir", str(args.out / "cache"), "--overwrite"]
-    words += ["--learning_rate", str(args.learning_rate), "--num_train_epochs", str(args.num_train_epochs)]
     words += ["--validation_share", str(HELD_OUT), "--early_stopping_patience", "0", "--sample_every_n_epochs", "0"]
-    config = trainer.parse_arguments([*words, "--seed", str(args.seed), "--save_every_n_epochs", "0"])
+    config = trainer.parse_arguments([*words, "--save_every_n_epochs", "0", *rest])
 
-    every, keep = max(1, args.num_train_epochs // SCORED), trainer.keep_candidate
+    every, keep = max(1, config.num_train_epochs // SCORED), trainer.keep_candidate
 
     def keep_some(folder, unet, labels, state) -> None:
         keep(folder, unet, labels, state)
         if state.epoch % every == 0:
             best_epoch.save_epoch(args.out / "kept" / f"epoch-{state.epoch:03d}", unet, labels, state)
 
-    trainer.keep_candidate = keep_some
+    validate, curves = trainer.validate, {}
+
+    def validate_often(*everything, **options):
+        for count in (*args.timesteps, denoising.VALIDATION_STRATA):
+            with mock.patch.object(denoising, "VALIDATION_STRATA", count):
+                found = validate(*everything, **options)
+            curves.setdefault(count, []).append(found[0])
+        return found
+
+    trainer.keep_candidate, trainer.validate = keep_some, validate_often
     summary = trainer.main(config)
     losses = {epoch: loss for epoch, loss, _ in summary["validation"]}
+    own = curves[denoising.VALIDATION_STRATA][1:]  # the first is the base's
+    for count, (_, *curve) in curves.items():
+        same = f"its curve's correlation with the program's is {statistics.correlation(curve, own):.3f}"
+        print(f"{count} timesteps a face: lowest validation loss at epoch {1 + curve.index(min(curve))}; {same}")
     chosen = summary["best_epoch"]
 
     pictures.MAX_CAPTIONS, pictures.MAX_ATTRIBUTE_PROMPTS = args.pictures, 0

@@ -204,6 +204,26 @@ def test_timesteps_are_stratified_and_captions_come_from_the_face(precise):
 # What a base predicts ----------------------------------------------------------------------------------------------
 
 
+def test_validation_short_of_memory_goes_image_by_image_to_the_same_loss(precise, monkeypatch):
+    unet, scheduler, dataset, encoded, _ = precise
+    faces = dataset.validation[:3]
+    expected = denoising.validate(unet, scheduler, dataset, encoded, 0, faces=faces)
+    passes, real = [], denoising.denoising_losses
+
+    def small(unet, scheduler, latents, *rest):
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        passes.append(len(latents))
+        return real(unet, scheduler, latents, *rest)
+
+    monkeypatch.setattr(denoising, "denoising_losses", small)
+    found = denoising.validate(unet, scheduler, dataset, encoded, 0, faces=faces)
+    assert found == pytest.approx(expected, rel=1e-6) and len(passes) == 3 * denoising.VALIDATION_STRATA
+    monkeypatch.setattr(denoising, "denoising_losses", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        denoising.validate(unet, scheduler, dataset, encoded, 0, faces=faces)
+
+
 @pytest.fixture
 def as_shipped(monkeypatch):
     monkeypatch.setattr(denoising, "BAD_LOSS", 0.5)

@@ -17,6 +17,7 @@ import torch
 from dataset import MangaFaceDataset
 from training.bases import BaseModelError
 from training.encoding import EncodedDataset, send
+from training.memory import free_memory, is_out_of_memory
 
 VALIDATION_STRATA = 4  # timesteps per held-out face
 VALIDATION_FACES = 2  # that pass together
@@ -241,13 +242,25 @@ def validate(
                 noise.append(torch.randn(VALIDATION_STRATA, *latents.shape[1:], generator=generator))
             latents, texts = (of_face.repeat_interleave(VALIDATION_STRATA, dim=0) for of_face in (latents, texts))
             timesteps, noise = (torch.cat(drawn).to(device) for drawn in (timesteps, noise))
-            losses = denoising_losses(unet, scheduler, latents, texts, timesteps, noise)
+            losses = _in_smaller_passes(unet, scheduler, latents, texts, timesteps, noise)
             losses = losses.cpu().double()  # on the CPU: not every device has float64
             of_faces[positions] = losses.unflatten(0, (-1, VALIDATION_STRATA)).mean(dim=1)
     of_faces = of_faces.float().to(device)
     sum_over_processes(of_faces)
     of_faces = of_faces.cpu().double()
     return of_faces.mean().item(), (of_faces.std() / math.sqrt(count)).item()
+
+
+def _in_smaller_passes(unet, scheduler, *images: torch.Tensor) -> torch.Tensor:
+    """denoising_losses(), in one pass if memory suffices, else image by image."""
+    try:
+        return denoising_losses(unet, scheduler, *images)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory(images[0].device)  # here, where the error no longer holds on to what filled it
+    one_by_one = zip(*(tensor.split(1) for tensor in images), strict=True)
+    return torch.cat([denoising_losses(unet, scheduler, *image) for image in one_by_one])
 
 
 def check_prediction(unet, scheduler, rest: tuple, loss: float | None, where: str, log: Callable) -> None:
