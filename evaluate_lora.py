@@ -41,6 +41,7 @@ from training.base_model import load_tokenizer
 from training.bases import check_fits, find_base, find_configs, resolution_unit, single_file, use_mirror
 from training.layouts import IMAGE_SUFFIXES
 from training.lora_files import find_lora, read_lora
+from training.memory import sparingly
 from training.pictures import read_picture
 from training.run import tune_for
 
@@ -160,14 +161,22 @@ def main(arguments: list[str]) -> None:
     print(f"Held against {len(dataset)} faces of {config.dataset_dir}, drawn on {base}; settings of {whose}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tune_for(device)
-    evaluation = Evaluation(config, dataset, base, device, loras)
+    tune_for(device, len({face.shape for face in dataset.faces}))
+
+    def judged(is_sparing: bool) -> tuple:
+        evaluation = Evaluation(config, dataset, base, device, loras, is_sparing)
+        if drawn:
+            return evaluation, evaluation.judge_pictures(*drawn)
+        return evaluation, {name: evaluation.judge(file) for name, file in files.items()}
+
+    found = sparingly(judged, "scoring", device, print)
+    if not found:
+        raise Stop(3, "out of memory: close other programs, then run the same command again")
+    evaluation, scored = found
     if drawn:
-        score = evaluation.judge_pictures(*drawn)
-        print(evaluation.table(score, evaluation.judge_held_out(), f"{folder.name[:20]} ({len(drawn[0])})"))
-        print(f"Score: {score}")
+        print(evaluation.table(scored, evaluation.judge_held_out(), f"{folder.name[:20]} ({len(drawn[0])})"))
+        print(f"Score: {scored}")
         return
-    scored = {name: evaluation.judge(file) for name, file in files.items()}
     if len(scored) > 1:
         print(compare.table(evaluation, scored))
         if to:

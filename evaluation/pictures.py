@@ -57,7 +57,8 @@ def evaluation_jobs(dataset, config) -> Jobs:
     jobs = [(dataset.texts[dataset.first_text[face]], seed, dataset.faces[face].shape) for face, seed in own]
     square, per_prompt = (config.resolution, config.resolution), config.samples_per_prompt
     samples = list(range(len(jobs), len(jobs) + per_prompt * len(config.sample_prompts), per_prompt))
-    jobs += [(prompt, config.seed + turn, square) for prompt in config.sample_prompts for turn in range(per_prompt)]
+    prompts = [prompt for prompt in config.sample_prompts for _ in range(per_prompt)]
+    jobs += [(prompt, config.seed + number, square) for number, prompt in enumerate(prompts)]
     if config.demo:
         prompts = json.loads((DEMO_ATTRIBUTES / "prompts.json").read_text(encoding="utf-8"))
         some = enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])
@@ -67,7 +68,8 @@ def evaluation_jobs(dataset, config) -> Jobs:
 
 
 def build_pipeline(vae, unet, scheduler, tokenizer=None, text_encoder=None, is_sparing=False):
-    """A StableDiffusionPipeline that draws with DPM-Solver++ (Lu et al. 2022); without an encoder, from embeddings.
+    """A StableDiffusionPipeline that draws with DPM-Solver++ (Lu et al. 2022), the one for the stochastic equation,
+    whose fresh noise mends what went wrong before; without an encoder, from embeddings.
 
     is_sparing: large pictures are decoded in tiles, whose seams are blended.
     """
@@ -75,7 +77,7 @@ def build_pipeline(vae, unet, scheduler, tokenizer=None, text_encoder=None, is_s
 
     parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
     pipe = StableDiffusionPipeline(*parts, requires_safety_checker=False)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="sde-dpmsolver++")
     pipe.set_progress_bar_config(disable=True)
     if is_sparing:
         vae.enable_tiling()
@@ -209,7 +211,7 @@ def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
         pipe = build_pipeline(load_vae(base, run.device), unet, model.scheduler, is_sparing=is_sparing)
         given = {"prompt_embeds": torch.stack([text for text in texts for _ in range(each)])}
         given |= {"negative_prompt_embeds": prompts[:1].expand_as(given["prompt_embeds"])}
-        seeds = [config.seed + turn for _ in texts for turn in range(each)]
+        seeds = [config.seed + number for of in (faces, config.sample_prompts) for number in range(each * len(of))]
         return draw_pictures(pipe, given, seeds, [shape for shape in shapes for _ in range(each)], config, is_sparing)
 
     with run.signals_act_at_once():

@@ -18,6 +18,7 @@ from evaluation.pictures import start_of, to_webp
 from training.files import write_atomic
 from training.folder import REPORT
 from training.layouts import shown
+from training.memory import sparingly
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 METHOD = Path(__file__).parent.parent / "docs" / "how_it_works.md"
@@ -46,7 +47,9 @@ def write_report(output: Path, config, log, sentence: str = "", use: str = "", e
     try:
         if evaluated:
             evaluation, file, score = evaluated
-            known |= {"rows": evaluation.rows(score), "strengths": evaluation.at_strengths(file, score)}
+            known["rows"], device = evaluation.rows(score), evaluation.pipe.device
+            at_strengths = lambda is_sparing: evaluation.at_strengths(file, score, is_sparing)  # noqa: E731
+            known["strengths"] = sparingly(at_strengths, "drawing at other strengths", device, log)
         _write(output / REPORT, f"{config.lora_name}: report", _report_page(output, config, sentence, use, **known))
     except Exception as error:  # a page is not worth a training
         log(f"{output / REPORT} was not written ({shown(str(error) or repr(error))}); nothing else depends on it")

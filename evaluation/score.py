@@ -395,8 +395,9 @@ class Evaluation:
             pixels = self._draw(range(self.jobs.portraits))
         return self.judge_pictures(pixels, self.jobs.prompts[: self.jobs.portraits])
 
-    def at_strengths(self, lora_file: Path, lora: Score) -> tuple[list[list], list[str], list[str]]:
+    def at_strengths(self, lora_file: Path, lora: Score, is_sparing=False) -> tuple[list[list], list[str], list[str]]:
         """A sheet's first prompt and the first sample prompt with the LoRA at STRENGTHS; for contact_sheet()."""
+        self.is_sparing = self.is_sparing or is_sparing
         shown = list(dict.fromkeys([self.shown()[0], *self.jobs.samples[:1]]))
         drawn = {0: self.of_base.features.pixels, 1: lora.features.pixels}
         rows = [{strength: pixels[number] for strength, pixels in drawn.items()} for number in shown]

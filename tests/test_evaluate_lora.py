@@ -75,7 +75,7 @@ def asked(monkeypatch):
     seen = []
 
     class Asked:
-        def __init__(self, config, dataset, base, device, loras):
+        def __init__(self, config, dataset, base, device, loras, is_sparing):
             self.config, self.dataset, self.base, self.loras, self.judged = config, dataset, base, loras, []
             seen.append(self)
 
@@ -136,9 +136,27 @@ def test_a_run_s_folder_without_the_safetensors_is_scored_by_the_bin(place, aske
 
 def test_scoring_alone_sets_the_process_as_training_does(place, asked, monkeypatch):
     tuned = []
-    monkeypatch.setattr(evaluate_lora, "tune_for", tuned.append)
+    monkeypatch.setattr(evaluate_lora, "tune_for", lambda *given: tuned.append(given))
     evaluate_lora.main(["--lora", "out"])
-    assert tuned == [torch.device("cpu")]
+    assert tuned == [(torch.device("cpu"), 1)]
+
+
+def test_short_of_memory_a_score_is_tried_sparingly_and_at_last_refused_in_one_line(place, asked, monkeypatch, capsys):
+    tried, real = [], evaluate_lora.Evaluation
+
+    def short(*given):
+        tried.append(given[-1])
+        if not given[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given)
+
+    monkeypatch.setattr(evaluate_lora, "Evaluation", short)
+    evaluate_lora.main(["--lora", "out"])
+    assert tried == [False, True] and "Out of memory while scoring, once more" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate_lora, "Evaluation", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(Stop, match="out of memory") as refused:
+        evaluate_lora.main(["--lora", "out"])
+    assert refused.value.exit_code == 3
 
 
 def test_any_lora_on_any_faces_takes_the_flags_over_the_constants(place, asked, tiny_base, script):

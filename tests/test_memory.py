@@ -18,6 +18,7 @@ from training import memory, model
 from training.base_model import load_unet, load_vae
 from training.checkpoint import LORA_FILES
 from training.fused import fuse_lora
+from training.run import tune_for
 
 CPU = torch.device("cpu")
 LATENT_SHAPE = (4, 16, 16)
@@ -308,6 +309,30 @@ def test_without_memory_for_any_picture_the_lora_is_exported_by_validation_loss(
     capsys.readouterr()
     run(tiny_config, num_train_epochs=1, **DRAWN)
     assert "holds this run, finished" in capsys.readouterr().out
+
+
+def test_a_report_without_memory_for_pictures_at_other_strengths_is_whole_but_for_them(
+    tiny_config, monkeypatch, capsys
+):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("evaluation.score.Evaluation.at_strengths", short)
+    run(tiny_config, num_train_epochs=1, **DRAWN)
+    report = Path(tiny_config.output_dir, "report.html").read_text(encoding="utf-8")
+    assert "Out of memory while drawing at other strengths: left out" in capsys.readouterr().out
+    assert "How strong?" not in report and "Before and after" in report and "still training" not in report
+
+
+def test_a_gpu_s_kernels_are_tried_for_one_shape_or_where_untried_ones_fail_and_sums_are_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    sums = torch.backends.cuda.matmul
+    sums.allow_fp16_reduced_precision_reduction = True  # torch's own; no monkeypatch can put it back
+    for card, shapes, expected in (("H200", 1, True), ("H200", 2, False), ("GeForce GTX 1660 SUPER", 2, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, card=card: f"NVIDIA {card}")
+        tune_for(torch.device("cuda"), shapes)
+        assert torch.backends.cudnn.benchmark == expected
+    assert not sums.allow_fp16_reduced_precision_reduction
 
 
 def test_another_error_while_drawing_is_not_taken_for_lack_of_memory(tiny_config, monkeypatch):

@@ -18,6 +18,7 @@ from training.base_model import load_text_encoder, load_vae
 from training.cache import Cache, record_bytes
 from training.files import InputError, Stop, sha256_of
 from training.memory import free_memory
+from training.run import tune_for
 
 ENCODING_VERSION = 3  # raise it when load_image or the encoding changes: old cache entries are then ignored
 TEXT_BATCH = 32  # texts encoded at a time
@@ -94,8 +95,7 @@ def encode(dataset: MangaFaceDataset, config, base: Path, run) -> Data:
     examples = {face.shape: index for index, face in enumerate(dataset.faces)}
     shapes = {shape: tuple(latents[index].shape[1:]) for shape, index in examples.items()}
     free_memory(run.device)
-    if len(shapes) > 1:  # each shape and number of images would have all kernels tried
-        torch.backends.cudnn.benchmark = False
+    tune_for(run.device, len(shapes))
     prompts = encoded.embeddings(list(range(count, len(texts)))).cpu()
     return Data(dataset, encoded, [shapes[face.shape] for face in dataset.faces], prompts)
 

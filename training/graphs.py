@@ -21,11 +21,11 @@ class Graphed:
     reads (weights, the loss scale) is read from where it lay when it was recorded. What is returned lies where the
     next call writes. Inputs that aren't tensors are constants of a recording.
 
-    `failure` says why the function is called as it is from now on: it couldn't be recorded.
+    `failure` says why the function is called as it is from now on: it couldn't be recorded. The log says so, too.
     """
 
-    def __init__(self, function: Callable):
-        self.function, self.recordings, self.pool, self.failure = function, {}, None, ""
+    def __init__(self, function: Callable, log: Callable = print):
+        self.function, self.log, self.recordings, self.pool, self.failure = function, log, {}, None, ""
 
     def __call__(self, *inputs):
         key = tuple((x.shape, x.dtype) if torch.is_tensor(x) else x for x in inputs)
@@ -34,6 +34,7 @@ class Graphed:
                 self.recordings[key] = self._record(inputs)
             except RuntimeError as error:
                 self.failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self.log(f"CUDA graphs can't be recorded here, a little slower without: {self.failure}")
         if self.failure:
             self.recordings.clear()
             return self.function(*inputs)
@@ -66,7 +67,7 @@ class GraphedPass:
     weights: all LoRA weights as one vector, as flatten_lora() makes it.
     """
 
-    def __init__(self, unet, scheduler, scaler, weights: torch.Tensor):
+    def __init__(self, unet, scheduler, scaler, weights: torch.Tensor, log: Callable = print):
         layers = lora_parameters(unet)
 
         def loss_and_gradient(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,15 +75,10 @@ class GraphedPass:
             gradients = torch.autograd.grad(scaler.scale(loss), layers)
             return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
-        self.graphed, self.weights = Graphed(loss_and_gradient), weights
+        self.graphed, self.weights = Graphed(loss_and_gradient, log), weights
 
     def __call__(self, *inputs) -> torch.Tensor:
         """share_of_loss()'s arguments from `latents` on, and its result."""
         loss, gradient = self.graphed(*inputs)
         self.weights.grad.add_(gradient)
         return loss
-
-    def __str__(self) -> str:
-        if failure := self.graphed.failure:
-            return f"CUDA graphs can't be recorded here, a little slower without: {failure}"
-        return "Passes are recorded as CUDA graphs"

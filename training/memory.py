@@ -24,6 +24,7 @@ SPARE = 0.3 * 2**30  # bytes of a GPU that are left free, for its libraries
 def is_out_of_memory(error: BaseException) -> bool:
     """torch.OutOfMemoryError on a GPU, or its libraries' ways to say so; the CPU's allocator's RuntimeError."""
     signs = ("out of memory", "allocate memory", "alloc_failed", "unable to find an engine")  # cuDNN: no workspace
+    signs += ("cublas_status_not_initialized", "cudnn_status_not_initialized")  # no memory for their handles
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
@@ -163,7 +164,8 @@ class Plans:
     def step_down(self, device: torch.device) -> None:
         smaller = [plan for plan in self.plans if plan.needed < 0.9 * self.plan.needed]
         if not smaller:
-            raise Stop(3, f"out of memory, even with {self.plan}: free some, or lower resolution or lora_rank")
+            remedy = "free some, then run this again; or --overwrite with a lower resolution or lora_rank"
+            raise Stop(3, f"out of memory, even with {self.plan}: {remedy}")
         self.log(f"Out of memory with {self.plan}.")
         self.plan = smaller[0]
         self.plan.apply(self.unet)
@@ -223,6 +225,8 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def peak_memory_mib(device: torch.device) -> float:

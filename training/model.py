@@ -83,7 +83,7 @@ def compute_gradients(model: Model, encoded: EncodedDataset, batch: Batch, share
         if not model.plans.can_be_graphed:
             model.graphed = None
         elif model.graphed is None:
-            model.graphed = GraphedPass(model.unet, model.scheduler, model.scaler, model.weights)
+            model.graphed = GraphedPass(model.unet, model.scheduler, model.scaler, model.weights, model.plans.log)
         parts = (model.unet, model.scheduler, encoded, batch, share, micro_batch, model.scaler)
         return accumulate_gradients(*parts, model.graphed)
 
@@ -129,5 +129,5 @@ def rehearse(model: Model, encoded: EncodedDataset, batch: Batch, share: torch.T
         model.optimizer.state.clear()
     model.scaler.load_state_dict(scale)
     model.plans.is_rehearsal = False
-    if model.graphed:
-        model.plans.log(str(model.graphed))
+    if model.graphed and not model.graphed.graphed.failure:
+        model.plans.log("Passes are recorded as CUDA graphs")

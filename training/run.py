@@ -255,10 +255,12 @@ def precision_of(device: torch.device, wanted: str) -> tuple[str, str]:
     return "no", "No CUDA GPU"
 
 
-def tune_for(device: torch.device) -> None:
-    """Settings of the process that make the same arithmetic faster, or safer."""
+def tune_for(device: torch.device, shapes: int = 1) -> None:
+    """Settings of the process that make the same arithmetic faster, or safer. shapes: how many pictures have."""
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes hardly change: trying all convolution kernels once pays
+        # Trying all convolution kernels once pays, unless each shape and number of images would have them tried. On
+        # a GTX 16xx the kernels that are taken untried give NaN in fp16.
+        torch.backends.cudnn.benchmark = shapes == 1 or "GTX 16" in torch.cuda.get_device_name(device)
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums in float32
     elif sys.platform == "linux":
         # glibc returns large blocks to the kernel, which clears them anew for every operation: 5 % of an SD1.5 step.
