@@ -13,7 +13,8 @@ mean squared error, AdamW, gradients clipped to 1. fp16 on CUDA, float32 on a CP
                     micro-batches of 2, VAE and text encoder in every step
     c:b2, c:b8+ckpt that recipe with latents and text embeddings kept in memory, at this micro-batch; the fastest
                     of these is the rival that counts
-    a:b8+graph, a:b8+compile   this trainer with its passes as CUDA graphs; with its whole UNet through torch.compile
+    a:b8+cheap, a:b8+graph, a:b8+compile   this trainer with norms and gates computed twice; with its passes as CUDA
+                    graphs; with its whole UNet through torch.compile
     d               that script itself, whole, from the diffusers checkout given as --peer
 
 Each row lives in a process of its own and sleeps on a pipe until its turn, so that a machine that warms up or is
@@ -60,7 +61,7 @@ MAX_GRAD_NORM = 1.0
 SEED = 0
 IMAGES = 248  # of rows b and c: whole optimizer steps, so that no epoch ends within one
 ALL_ROWS = ["a", "b", "c:b2", "c:b8", "c:b2+ckpt", "c:b8+ckpt"]
-ROW = r"a(:ckpt)?|[ac]:b(?P<micro_batch>[1-9]\d*)(\+ckpt)?|a:b(?P<compiled>[1-9]\d*)\+(compile|graph)|b|d"
+ROW = r"a(:ckpt)?|[ac]:b(?P<micro_batch>[1-9]\d*)(\+ckpt)?|a:b(?P<with>[1-9]\d*)\+(cheap|compile|graph)|b|d"
 NAMES = {"a": "this trainer", "b": "diffusers' recipe", "c": "recipe, all encoded before", "d": "diffusers' script"}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
@@ -70,7 +71,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 def build_ours(args, micro_batch: int | None, checkpointing: bool | None, mode: str | None = None) -> tuple:
     """Row a: train_manga_lora.py's own train_step() on the demo's faces, with random latents and text embeddings.
 
-    None for micro_batch or checkpointing is the trainer's own choice. mode: "graph", "compile" or None.
+    None for micro_batch or checkpointing is the trainer's own choice. mode: "cheap", "graph", "compile" or None.
     """
     import torch
 
@@ -101,7 +102,8 @@ def build_ours(args, micro_batch: int | None, checkpointing: bool | None, mode: 
         free = free_bytes(device, 1)
         plan = choose_plan(plans, free)
     else:
-        plans = [plan := MemoryPlan(micro_batch or EFFECTIVE_BATCH, "all" if checkpointing else "nothing", 0.0)]
+        twice = "all" if checkpointing else "cheap" if mode == "cheap" else "nothing"
+        plans = [plan := MemoryPlan(micro_batch or EFFECTIVE_BATCH, twice, 0.0)]
     model.plans = Plans(model.unet, plans, plan)
     if mode == "compile":  # one graph without breaks, or an error
         model.unet.compile(fullgraph=True, dynamic=False)
@@ -269,14 +271,14 @@ def work(connection, row: str, args, started: float) -> None:
     """A row's process: build, warm up, then one timed step per request; at the end its memory and its arithmetic."""
     try:
         named = re.fullmatch(ROW, row)
-        micro_batch = int(named["micro_batch"] or named["compiled"] or 0)
+        micro_batch = int(named["micro_batch"] or named["with"] or 0)
         if micro_batch and EFFECTIVE_BATCH % micro_batch:
             raise ValueError(f"{EFFECTIVE_BATCH} images are no whole number of micro-batches of {micro_batch}")
         import torch
 
         torch.manual_seed(SEED)
         if row[0] == "a":
-            mode = row.split("+")[1] if named["compiled"] else None
+            mode = row.split("+")[1] if named["with"] else None
             trainer = build_ours(args, micro_batch or None, None if row == "a" else "ckpt" in row, mode)
         else:
             trainer = build_recipe(args, micro_batch or 2, row == "b" or "ckpt" in row, cached=row != "b")
@@ -638,7 +640,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     args.rows = args.rows.split(",") if args.rows else ALL_ROWS + (["d"] if args.peer else [])
     for row in args.rows:
         if not re.fullmatch(ROW, row) or args.rows.count(row) > 1:
-            known = "a, a:b8, a:b8+graph, a:ckpt, b, c:b2, c:b8+ckpt, d"
+            known = "a, a:b8, a:b8+cheap, a:ckpt, b, c:b2, c:b8+ckpt, d"
             parser.error(f"--rows: {row!r} is no row, or named twice; rows are {known}")
 
     import torch

@@ -44,6 +44,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
             "val_ratio": best_loss / state.start_loss if state.start_loss and best_loss else None,
             "images_per_s": state.images_seen / max(state.train_seconds, 1e-9),
             "peak_memory_mib": peak_mib,
+            "peak_memory_in_all_mib": peak_memory_mib(run.device),  # scoring included
             "weight_decay_in_all": math.exp(state.total_log_decay),  # what the weights were multiplied by
             "seconds": (seconds := time.time() - run.started),
             "images_per_s_in_all": (state.images_seen - run.images_before) / seconds,

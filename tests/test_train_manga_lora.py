@@ -158,6 +158,7 @@ def test_the_summary_has_every_promised_field_and_they_agree(finished):
         "images_per_s_in_all",
         "phases_s",
         "peak_memory_mib",
+        "peak_memory_in_all_mib",
         "seconds",
         "first_step_s",
         "resumed_from_step",
