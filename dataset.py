@@ -15,7 +15,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,16 +82,13 @@ def near_duplicates(faces: list["Face"]) -> list[int]:
     Of what is set in either hash less than an eighth may differ, so that pictures without contrast aren't all alike.
     Copies of one file are in one group, too. Compares all pairs: 10,000 faces take seconds.
     """
-    plain, mirrored = (
-        np.frombuffer(b"".join(face.dhashes[side] for face in faces), np.uint64).reshape(len(faces), -1)
-        for side in (0, 1)
-    )
+    sides = zip(*(face.dhashes for face in faces), strict=True)
+    plain, mirrored = (np.frombuffer(b"".join(side), np.uint64).reshape(len(faces), -1) for side in sides)
     files, bits = np.array([face.sha256 for face in faces]), np.bitwise_count(plain).sum(axis=1, dtype=int)
     first = list(range(len(faces)))
     for index in range(len(faces)):
-        differing = np.minimum(
-            *(np.bitwise_count(plain[index] ^ others[:index]).sum(axis=1, dtype=int) for others in (plain, mirrored))
-        )
+        unlike = (plain[index] ^ others[:index] for others in (plain, mirrored))
+        differing = np.minimum(*(np.bitwise_count(some).sum(axis=1, dtype=int) for some in unlike))
         either = (bits[index] + bits[:index] + differing) // 2  # few in a soft picture: then few may differ
         alike = (differing <= NEAR_DUPLICATE) & (8 * differing < either) | (files[index] == files[:index])
         groups = {first[other] for other in np.flatnonzero(alike)}
@@ -329,9 +325,8 @@ class MangaFaceDataset:
             return f"{where}: {len(deeper)} images lie one level deeper: {there}"
         if not here:
             other = f", but {some_of(names)}" if (names := unread_pictures(self.dataset_dir)) else ""
-            return (
-                f"{where}: the folder holds no {', '.join(IMAGE_SUFFIXES)} file{other}: put faces there, or try --demo"
-            )
+            none = f"the folder holds no {', '.join(IMAGE_SUFFIXES)} file{other}"
+            return f"{where}: {none}: put faces there, or try --demo"
         reason = f"first reason: {self.skipped[0]}" if self.skipped else "the caption file lists no image"
         return f"{where}: {len(self.skipped)} skipped, {reason}"
 
@@ -437,27 +432,16 @@ class MangaFaceDataset:
         order = self.epoch_order(0) if is_alike else np.arange(len(areas))  # an epoch may lack a light face
         return np.resize(order[areas[order] == areas.max()], min(size, len(order)))
 
-    def cut(self, face: int) -> tuple:
-        """What load_image() takes to read a face as it is trained on: (path, box, shape)."""
-        return self.faces[face].path, self.faces[face].box, self.faces[face].shape
-
     def report(self, tokenizer=None, warnings: Sequence[str] = ()) -> str:
         """What a person should know before training: faces, what is skipped or cut, the weights and their reasons."""
         inside = self.dataset_dir.is_relative_to(Path.cwd())
         folder = self.dataset_dir.relative_to(Path.cwd()) if inside else self.dataset_dir
         listed = {face.path.name for face in self.faces} | {line.split(":")[0] for line in self.skipped}
-        stray = [
-            entry.name
-            for entry in os.scandir(self.dataset_dir)
-            if entry.name.lower().endswith(IMAGE_SUFFIXES)
-            and entry.name not in listed
-            and os.path.splitext(entry.name)[0] not in listed
-        ]
+        here = sorted(path for path in self.dataset_dir.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        stray = [path.name for path in here if listed.isdisjoint((path.name, path.stem))]
         captions = [caption for face in self.faces for caption in face.captions]
-        lines = [
-            f"Faces: {len(self.faces)} usable in {folder} "
-            f"({len(self.train)} to train on, {len(self.validation)} held out)"
-        ]
+        split = f"{len(self.train)} to train on, {len(self.validation)} held out"
+        lines = [f"Faces: {len(self.faces)} usable in {folder} ({split})"]
         if not self.validation:
             lines.append("Hold-out: none, so no validation, no early stopping; the last epoch is the one exported")
         lines += [f"Layout: {self.layout.title}", *self.layout.notes]
@@ -468,12 +452,10 @@ class MangaFaceDataset:
             more = f"\n  ... and {len(remarks) - 10} more" if len(remarks) > 10 else ""
             lines.append("\n  ".join([f"Used, but to be looked at: {len(remarks)}", *remarks[:10]]) + more)
         if stray:
-            lines.append(f"Without {self.layout.lacking}: {some_of(sorted(stray))}")
+            lines.append(f"Without {self.layout.lacking}: {some_of(stray)}")
         lines += self._report_pixels()
-        per_face = len(captions) / len(self.faces)
-        lines.append(
-            f"Captions: {len(captions)}, {per_face:.1f} per face, {len(set(captions))} different; {self._kind()}"
-        )
+        counts = f"{len(captions)}, {len(captions) / len(self.faces):.1f} per face, {len(set(captions))} different"
+        lines.append(f"Captions: {counts}; {self._kind()}")
         lines += [f"Trigger word: {shown(self.prefix[:-2])!r} before every caption"] if self.prefix else []
         if tokenizer is not None:
             lines += self.report_tokens(tokenizer)
@@ -488,10 +470,8 @@ class MangaFaceDataset:
         sizes, faces = [face.size for face in self.faces], len(self.faces)
         small = sum(face.pixels < math.prod(face.shape) for face in self.faces)
         uneven = sum(width != height for width, height in sizes)
-        lines = [
-            f"Pixels: {min(map(min, sizes))} to {max(map(max, sizes))} a side; {uneven} of {faces} not square, {small} "
-            "smaller than used (enlarged)"
-        ]
+        counts = f"{uneven} of {faces} not square, {small} smaller than used (enlarged)"
+        lines = [f"Pixels: {min(map(min, sizes))} to {max(map(max, sizes))} a side; {counts}"]
         shapes = Counter(face.shape for face in self.faces).most_common()
         named = ", ".join(f"{width} x {height}: {count}" for (height, width), count in shapes[:6])
         more = f", and {len(shapes) - 6} more" if len(shapes) > 6 else ""
@@ -525,10 +505,8 @@ class MangaFaceDataset:
         """The weight range, and the rarest and commonest faces with the terms that make them so."""
         if self.weighting == "off" and (self.weights == 1).all():
             return ["Weights: off, every face once per epoch"]
-        lines = [
-            f"Weight range: {self.weights.min():.2f} to {self.weights.max():.2f} "
-            f"(acts through {self.weighting if self.weighting != 'off' else 'repeats alone'})"
-        ]
+        through = self.weighting if self.weighting != "off" else "repeats alone"
+        lines = [f"Weight range: {self.weights.min():.2f} to {self.weights.max():.2f} (acts through {through})"]
         if not any(self.terms):
             return lines
         by_weight = np.argsort(-self.weights, kind="stable")

@@ -13,11 +13,10 @@ training among the paths, from its config.json; if there is none, those at the t
 over both. docs/how_it_works.md explains the table.
 """
 
-import json
 import sys
 from pathlib import Path
 
-from training.files import InputError, Stop
+from training.files import InputError, Stop, read_object
 from training.labels import run_start
 
 if __name__ == "__main__":
@@ -55,11 +54,8 @@ def find_run(path: Path) -> Path | None:
     if (path / "config.json").is_file():
         return path
     for folder in list(path.absolute().parents)[:3]:
-        try:
-            if "constants" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-                return folder
-        except (OSError, ValueError, TypeError, RecursionError):  # none, or some other program's
-            continue
+        if "constants" in read_object(folder / "config.json"):  # else some other program's
+            return folder
     return None
 
 
@@ -70,8 +66,8 @@ def read_run(folder: Path, given: dict) -> tuple[TrainingConfig, str, Path | Non
     Raises InputError: it is damaged, or names what isn't here any more.
     """
     file = folder / "config.json"
+    run = read_object(file)
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
         prompts = tuple(run["constants"]["sample_prompts"])
         config = TrainingConfig(**FORMER | run["constants"] | {"sample_prompts": prompts})
         config = with_flags(config, given, DEMO if given.get("demo") else {})
@@ -79,16 +75,17 @@ def read_run(folder: Path, given: dict) -> tuple[TrainingConfig, str, Path | Non
         base = Path(run["base"])
     except Stop as stop:
         raise InputError(str(stop) if str(stop).split("=")[0] in given else f"{file}: {stop}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not that of a finished training ({error!r:.80}): train again") from None
-    if "pretrained_model" in given or "demo" in given:
-        return config, str(run.get("data")), None
+    data, named = str(run.get("data")), config.pretrained_model
+    if given.keys() & {"pretrained_model", "demo"}:
+        return config, data, None
     if not base.is_dir():  # nothing is downloaded at a file's word, but a single file may have to be converted again
-        if Path(config.pretrained_model).exists() and single_file(config.pretrained_model):
-            return config, str(run.get("data")), None
+        if Path(named).exists() and single_file(named):
+            return config, data, None
         remedy = "name it as --pretrained_model, or train again, with --overwrite"
         raise InputError(f"{file}: base={run['base']!r} is no folder any more: {remedy}")
-    return config, str(run.get("data")), find_base(str(base), config.cache_dir)
+    return config, data, find_base(str(base), config.cache_dir)
 
 
 def settings(paths: list[Path], given: dict) -> tuple[TrainingConfig, str | None, Path | None, str]:
@@ -186,9 +183,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a face's name's characters is no reason to stop
     try:
         main(sys.argv[1:])
-    except (InputError, Stop) as error:
+    except (InputError, Stop, OSError) as error:
         print(f"evaluate_lora.py: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        print(f"evaluate_lora.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))

@@ -1,6 +1,5 @@
 """Pictures: which prompts are drawn, how, and the sheets that show them."""
 
-import io
 import json
 import textwrap
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from evaluation.measures import DEMO_ATTRIBUTES
 from training.base_model import load_vae
 from training.files import write_atomic
 from training.memory import free_memory, sparingly
-from training.pictures import load_image
+from training.pictures import to_bytes
 
 TILE = 176  # pixels a side of one picture in a contact sheet
 SPARING_TILE = 256  # pixels a side of what is decoded at a time when memory is short
@@ -103,9 +102,8 @@ def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int,
     Shape: of each (H, W, 3), uint8.
     """
     pictures: list = [None] * len(seeds)
-    bar = tqdm(
-        desc="Drawing", total=len(seeds), unit="picture", leave=False, disable=None
-    )  # None: if a terminal sees it
+    # disable=None: a bar if a terminal sees it
+    bar = tqdm(desc="Drawing", total=len(seeds), unit="picture", leave=False, disable=None)
     settings = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
     for height, width in dict.fromkeys(shapes):
         numbers = [number for number, shape in enumerate(shapes) if shape == (height, width)]
@@ -150,10 +148,9 @@ def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: lis
 
 def to_webp(pixels: np.ndarray, most: int = 2048) -> bytes:
     """A picture (H, W, 3), uint8, as a WebP of at most so many pixels a side; a small one loses nothing."""
-    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    picture = Image.fromarray(pixels)
     picture.thumbnail((most, most))
-    picture.save(buffer, "WEBP", lossless=max(picture.size) <= 128, quality=88)
-    return buffer.getvalue()
+    return to_bytes(picture, "WEBP", lossless=max(picture.size) <= 128, quality=88)
 
 
 def write_album(folder: Path, prompts: list[str], drawn) -> None:
@@ -167,9 +164,7 @@ def write_album(folder: Path, prompts: list[str], drawn) -> None:
 
 def write_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, to_bytes(picture, "PNG"))
 
 
 def is_sampled(epoch: int, config) -> bool:
@@ -215,7 +210,7 @@ def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
     with run.signals_act_at_once():
         free_memory(run.device)
         if pictures := sparingly(draw, "drawing samples", run.device, run.log):
-            real = [to_pixels(load_image(*dataset.cut(face))) for face in faces] + [None] * len(config.sample_prompts)
+            real = [to_pixels(dataset.pixels(face)) for face in faces] + [None] * len(config.sample_prompts)
             rows = [[one, *pictures[each * number : each * (number + 1)]] for number, one in enumerate(real)]
             titles = ["real face", f"epoch {epoch}" if epoch else start_of(config), *[""] * (each - 1)]
             rows, titles = (rows, titles) if faces else ([row[1:] for row in rows], titles[1:])

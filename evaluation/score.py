@@ -27,7 +27,6 @@ from training.encoding import encode_faces, folder_identity
 from training.files import InputError, write_atomic
 from training.folder import PICTURES
 from training.lora_files import fit, put_on
-from training.pictures import load_image
 
 MAX_FACES = 250  # training faces that pictures are compared with, and that the judge learns from
 STRENGTHS = (0, 0.4, 0.7, 1, 1.3)  # of the LoRA, in the report
@@ -74,7 +73,7 @@ class References:
 
         # A picture nearer to a face than half of what faces are apart is a copy of it. NaN with fewer than two faces.
         self.names = [dataset.faces[face].name for face in dataset.train]  # of all
-        originals = (pictures.to_pixels(load_image(*dataset.cut(face))) for face in dataset.train)
+        originals = (pictures.to_pixels(dataset.pixels(face)) for face in dataset.train)
         self.all = np.concatenate([self.layout_of([picture]) for picture in originals])  # (all, D)
         apart = measures.distances(self.all[chosen], self.all)
         apart = np.where(apart > EXACT_COPY, apart, np.inf).min(axis=1)
@@ -294,9 +293,9 @@ class Score:
     def copies(self) -> list[dict]:
         """Pictures that are copies of a training face: {prompt, face, distance}."""
         own, names, distances = self.features, self.references.names, self.features.nearest_distance
+        copied = np.flatnonzero(own.is_copy)
         return [
-            {"prompt": own.texts[number], "face": names[own.nearest[number]], "distance": float(distances[number])}
-            for number in np.flatnonzero(own.is_copy)
+            {"prompt": own.texts[n], "face": names[own.nearest[n]], "distance": float(distances[n])} for n in copied
         ]
 
     def as_json(self) -> dict:
@@ -449,7 +448,7 @@ class Evaluation:
         """
 
         def pixels_of(face: int) -> np.ndarray:
-            return pictures.to_pixels(load_image(*self.dataset.cut(face)))
+            return pictures.to_pixels(self.dataset.pixels(face))
 
         rows, base, own = [], self.of_base.features.pixels, lora.features.pixels
         for number in self.shown():

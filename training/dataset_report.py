@@ -5,7 +5,6 @@ One file that fetches nothing. Captions and names are foreign text: all of it is
 
 import base64
 import contextlib
-import io
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from training.bases import Unreachable, find_configs
 from training.files import write_atomic
 from training.folder import PAGE
 from training.layouts import shown, some_of
+from training.pictures import to_bytes
 
 FEW_FACES, FEW_STEPS, ENOUGH_STEPS = 20, 200, 1000
 USUAL_RATES = (1e-6, 5e-4)  # of a LoRA on Stable Diffusion 1.5
@@ -85,17 +85,12 @@ def _of_the_whole(dataset: MangaFaceDataset, config, steps: int) -> list[str]:
     if not config.demo and not USUAL_RATES[0] <= config.learning_rate <= USUAL_RATES[1]:
         low, high = USUAL_RATES
         found.append(f"learning_rate={config.learning_rate:g} is far from usual ({low:g} to {high:g})")
-    trouble = _base_trouble(config.pretrained_model) if config.dry_run else ""  # a run doesn't start without it
-    return [*found, trouble] if trouble else found
-
-
-def _base_trouble(pretrained_model: str) -> str:
-    """Why the base was not checked, which a dry run can do without; "" if it was."""
     try:
-        find_configs(pretrained_model)
+        if config.dry_run:  # which can do without a base; a run doesn't start without it
+            find_configs(config.pretrained_model)
     except Unreachable as error:
-        return f"The base was NOT checked, and no text's length is known: {error}"
-    return ""
+        found.append(f"The base was NOT checked, and no text's length is known: {error}")
+    return found
 
 
 def _expected(config, steps: int) -> str:
@@ -144,11 +139,8 @@ def dataset_page(dataset: MangaFaceDataset, tokenizer, config, steps: int) -> st
     for index, face in enumerate(faces):
         of_face[index] += [face.remark] if face.remark else []
         of_face[index] += [f"{face.cut:.0%} of a side cut to fit"] if face.cut > MUCH_CUT else []
-        of_face[index] += (
-            ["A caption is too long to be read to its end"]
-            if any(dataset.prefix + text in lost for text in face.captions)
-            else []
-        )
+        if any(dataset.prefix + text in lost for text in face.captions):
+            of_face[index].append("A caption is too long to be read to its end")
     by_weight = sorted(of_face, key=lambda index: -weights.get(index, 0))
     chosen = sorted(by_weight, key=lambda index: -len(of_face[index]))
     if len(faces) > MOST_FACES:
@@ -260,8 +252,6 @@ def _picture(dataset: MangaFaceDataset, index: int) -> str:
         return '<p class="alert">can\'t be read any more</p>\n'
     image = Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
     kind, look = ("jpeg", "") if max(shape) > THUMBNAIL // 2 else ("png", ' class="small"')
-    file = io.BytesIO()
-    image.save(file, kind, quality=82)
     width, height = (round(THUMBNAIL * side / max(image.size)) for side in image.size)
-    data = base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(to_bytes(image, kind, quality=82)).decode()
     return f'<img{look} alt="" width="{width}" height="{height}" src="data:image/{kind};base64,{data}">\n'

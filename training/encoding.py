@@ -15,6 +15,7 @@ import torch
 
 from dataset import MangaFaceDataset
 from training.base_model import load_text_encoder, load_vae
+from training.bases import read_config, whole_number
 from training.cache import Cache, record_bytes
 from training.files import InputError, Stop, sha256_of
 from training.memory import free_memory
@@ -108,15 +109,10 @@ def cache_room(dataset: MangaFaceDataset, config, configs: Path, dtype: torch.dt
 
     Raises Stop(3): the disk can't hold them; not in a dry run.
     """
-    vae, text_encoder = (
-        json.loads((configs / part / "config.json").read_text(encoding="utf-8")) for part in ("vae", "text_encoder")
-    )
-    channels, width = vae.get("latent_channels", 4), text_encoder.get("hidden_size", 768)
-    if not all(type(number) is int for number in (channels, width)):  # a damaged base, refused when it is loaded
-        channels, width = 4, 768
-    pixels = 4 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)  # of a latent one
+    channels = whole_number(configs, "vae/config.json", "latent_channels", 4)
+    pixels = 4 ** (len(read_config(configs / "vae/config.json")["block_out_channels"]) - 1)  # of a latent one
     of_faces = [2 * channels * 4 * math.prod(face.shape) // pixels for face in dataset.faces]
-    of_a_text = 77 * width * dtype.itemsize
+    of_a_text = 77 * whole_number(configs, "text_encoder/config.json", "hidden_size", 768) * dtype.itemsize
     texts = len({*dataset.texts, *config.sample_prompts})
     needed = sum(map(record_bytes, of_faces)) + texts * record_bytes(of_a_text)
     folder = Path(config.cache_dir)
@@ -132,9 +128,7 @@ def folder_identity(folder: Path) -> str:
     """Hash of a model folder's config and weights: another VAE under the same name is another VAE."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 

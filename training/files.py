@@ -5,6 +5,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -70,6 +71,15 @@ def write_atomic(path: Path, content: bytes, check=None, flush: bool = True) -> 
         if check:
             check(temporary)
         rename_with_retries(temporary, path)
+
+
+def read_object(file: Path) -> dict:
+    """A JSON object; {} if the file isn't there, is damaged, or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def describe(content: bytes) -> dict:

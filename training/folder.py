@@ -14,26 +14,17 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from training.checkpoint import LORA_FILES, CheckpointError
-from training.files import TEMPORARY, Stop, write_atomic
+from training.files import TEMPORARY, Stop, read_object, write_atomic
 from training.layouts import some_of
 
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
 REPORT = "report.html"  # see evaluation/report.py
 PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
 PICTURES = "pictures"  # that were scored
+# What --overwrite deletes
 PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
-PRODUCTS += (
-    REPORT,
-    "samples",
-    PICTURES,
-    "checkpoints",
-    "last",
-    "candidates",
-    "tensorboard",
-    "share",
-    "share.old",
-    PAGE,
-)  # --overwrite deletes all
+PRODUCTS += (REPORT, "samples", PICTURES, "checkpoints", "last", "candidates", "tensorboard")
+PRODUCTS += ("share", "share.old", PAGE)
 # After the end of a run these, if changed, go on from it, or export it anew
 GO_ON = {"num_train_epochs", "early_stopping_patience", "lora_name", "private_captions"}
 ABOUT = ("data", "processes", "precision", "start")  # in config.json besides the constants; start: of start_from
@@ -52,13 +43,12 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
         raise CheckpointError(f"{where} is a file: choose another output_dir")
     if not output.exists() or all(_is_leftover(path.name) or path.name == PAGE for path in output.iterdir()):
         return "new"
-    try:
-        before = json.loads((output / "config.json").read_text(encoding="utf-8"))
-        faces, about = before.get("faces"), {name: before.get(name) for name in ABOUT}
-        before = former | dict(before["constants"]) | about
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    before = read_object(output / "config.json")
+    if not isinstance(before.get("constants"), dict):
         why = "is not empty and holds no run of this program"
-        raise CheckpointError(f"{where} {why}: choose another output_dir") from None
+        raise CheckpointError(f"{where} {why}: choose another output_dir")
+    faces = before.get("faces")
+    before = former | before["constants"] | {name: before.get(name) for name in ABOUT}
     made = ("summary.json", *LORA_FILES)
     saved = any((output / "checkpoints").glob("step-*"))  # damaged ones too: a run is never started over silently
     if overwrite or not (saved or any((output / name).is_file() for name in made)):
@@ -86,11 +76,7 @@ def _changed_faces(before: dict[str, str], now: dict[str, str]) -> str:
 
 def _is_finished(output: Path) -> bool:
     """Whether the end's files are there; if not, a resume makes them again from the last checkpoint."""
-    try:
-        summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(summary, dict) and all((output / name).is_file() for name in LORA_FILES)
+    return bool(read_object(output / "summary.json")) and all((output / name).is_file() for name in LORA_FILES)
 
 
 def start_folder(output: Path, run: dict, step: int, action: str, epoch: int = 0) -> None:

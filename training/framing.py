@@ -4,6 +4,7 @@ Boxes are (left, top, right, bottom) in pixels of the upright picture.
 """
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -88,13 +89,8 @@ def bucket_shapes(resolution: int, unit: int) -> list[tuple[int, int]]:
     Their sides are multiples of `unit`, at least two of them, and at most LONGEST : 1.
     """
     sides = [unit * number for number in range(2, 2 * resolution // unit + 1)]
-    others = {
-        (height, width)
-        for height in sides
-        for width in sides
-        if LEAST_AREA <= height * width / resolution**2 <= MOST_AREA
-        and max(height, width) <= LONGEST * min(height, width)
-    }
+    shapes = [shape for shape in itertools.product(sides, sides) if max(shape) <= LONGEST * min(shape)]
+    others = {shape for shape in shapes if LEAST_AREA <= math.prod(shape) / resolution**2 <= MOST_AREA}
     return sorted(others | {(resolution, resolution)})
 
 

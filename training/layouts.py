@@ -67,10 +67,6 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
-
-
 def _stem(name: str) -> str:
     """Without the suffix of a picture."""
     return os.path.splitext(name)[0] if name.lower().endswith(IMAGE_SUFFIXES + OTHER_PICTURES) else name
@@ -78,7 +74,7 @@ def _stem(name: str) -> str:
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Names of the files with one of these suffixes, sorted."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []  # Path.is_dir() raises at too long a name
     return [name for name in names if name.lower().endswith(suffixes) and os.path.isfile(folder / name)]
 
 
@@ -130,19 +126,16 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None =
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
     dots = not posix.parts or any(not part.strip(". ") for part in posix.parts)  # to Windows, ".. " is ".."
     if dots or windows.drive or posix.is_absolute() or re.search(r"[\0-\x1f\x7f-\x9f\\]", name):
-        raise InputError(
-            f"image_name {name[:80]!r} leads out of {dataset_dir}, or is no name on every system: only "
-            "plain names inside the folder are read"
-        )
+        why = f"leads out of {dataset_dir}, or is no name on every system"
+        raise InputError(f"image_name {name[:80]!r} {why}: only plain names inside the folder are read")
     folder = (dataset_dir / name).parent
     listings = {} if listings is None else listings
-    if folder not in listings:  # Path.is_dir() raises if a name is too long for the disk
+    if folder not in listings:
         check_inside(dataset_dir, folder, name)
-        entries = sorted(entry.name for entry in os.scandir(folder)) if os.path.isdir(folder) else []
         listings[folder] = {}
-        for entry in filter(_is_picture, entries):
-            for key in {os.path.splitext(entry)[0], entry}:
-                listings[folder].setdefault(_key(key), []).append(folder / entry)
+        for file in _files(folder, IMAGE_SUFFIXES):
+            for key in {os.path.splitext(file)[0], file}:
+                listings[folder].setdefault(_key(key), []).append(folder / file)
     matches = listings[folder].get(_key(posix.name), [])
     same = [path for path in matches if posix.name in (path.name, os.path.splitext(path.name)[0])]
     matches = same or matches  # the same characters before the same text in another normal form
@@ -151,7 +144,7 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None =
         raise InputError(f"image_name {name[:80]!r} matches {files} in {folder}: remove one, or write its suffix too")
     for path in matches:
         check_inside(dataset_dir, path, name)
-    return matches[0] if matches and matches[0].is_file() else None
+    return matches[0] if matches else None
 
 
 def find_near(name: str, others: list[str]) -> str | None:
@@ -467,7 +460,5 @@ def _why_nothing(folder: Path, json_file: Path) -> str:
 
 def may_hold_captions(folder: str | Path) -> bool:
     """A quick look, before anything is read: is there any file or folder that a layout could be made of?"""
-    return any(
-        name.lower().endswith((".json", "metadata.jsonl", "metadata.csv", *SIDECARS)) or re.fullmatch(KOHYA, name)
-        for name in os.listdir(folder)
-    )
+    ends = (".json", "metadata.jsonl", "metadata.csv", *SIDECARS)
+    return any(name.lower().endswith(ends) or re.fullmatch(KOHYA, name) for name in os.listdir(folder))

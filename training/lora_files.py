@@ -201,10 +201,8 @@ def fit(file: Path, parts: dict[str, Part], unet, text_encoder) -> dict[str, dic
         part = Part(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
         fitted["unet" if prefix == "unet" else "text_encoder"][path] = part
     if strange:
-        counts = f"{len(strange)} of its {len(parts)} layers aren't in this base"
-        raise InputError(
-            f"{file} is for another model: {counts}, the first is {strange[0]!r:.100}: name a base it fits"
-        )
+        counts = f"{len(strange)} of its {len(parts)} layers aren't in this base, the first is {strange[0]!r:.100}"
+        raise InputError(f"{file} is for another model: {counts}: name a base it fits")
     return fitted
 
 
