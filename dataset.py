@@ -12,13 +12,12 @@ Letters in shapes: B batch, C latent channels, H W pixels, h w latent, T tokens,
 """
 
 import hashlib
-import inspect
 import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +163,7 @@ def clip_to_mean_one(raw: np.ndarray, low: float, high: float) -> np.ndarray:
 # The data set --------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class MangaFaceDataset:
     """The usable faces of a folder, split into training and hold-out, with a sampling weight each.
 
@@ -197,32 +197,28 @@ class MangaFaceDataset:
     Nothing here loads a model. `dataset[i]` is the i-th training face as a tensor, for a look from a notebook.
     """
 
-    def __init__(
-        self,
-        dataset_dir,
-        json_file,
-        resolution=512,
-        weighting="sampling",
-        weight_min=0.5,
-        weight_max=2.0,
-        validation_share=0.1,
-        seed=0,
-        num_workers=2,
-        shuffle_tags=True,
-        keep_tags=1,
-        trigger_word="",
-        framing="buckets",
-        trim_frames=True,
-        unit=64,
-    ):
-        self.dataset_dir, self.json_file, self.resolution = Path(dataset_dir), Path(json_file), resolution
-        self.weighting, self.weight_min, self.weight_max, self.seed = weighting, weight_min, weight_max, seed
-        self.shuffle_tags, self.keep_tags = shuffle_tags, keep_tags
-        self.prefix = f"{trigger_word}, " if trigger_word else ""
-        self.framing, self.trim_frames, self.unit = framing, trim_frames, unit
+    dataset_dir: Path
+    json_file: Path
+    resolution: int = 512
+    weighting: str = "sampling"
+    weight_min: float = 0.5
+    weight_max: float = 2.0
+    validation_share: float = 0.1
+    seed: int = 0
+    num_workers: int = 2
+    shuffle_tags: bool = True
+    keep_tags: int = 1
+    trigger_word: str = ""
+    framing: str = "buckets"
+    trim_frames: bool = True
+    unit: int = 64
+
+    def __post_init__(self):
+        self.dataset_dir, self.json_file = Path(self.dataset_dir), Path(self.json_file)
+        self.prefix = f"{self.trigger_word}, " if self.trigger_word else ""
         self.skipped: list[str] = []  # one line per face that can't be used
         self.kept: dict[Path, Image.Image] = {}  # by file, decoded: until they are encoded or drawn
-        faces = self._read_faces(max(1, num_workers))
+        faces = self._read_faces()
         content = [(face.name, face.sha256, face.captions, *[face.repeats] * (face.repeats > 1)) for face in faces]
         digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()  # noqa: E731
         self.fingerprint, self.hashes = digest(content), {face[0]: digest(face)[:16] for face in content}
@@ -231,7 +227,7 @@ class MangaFaceDataset:
         if self.kind != "sentences":
             faces = [replace(face, captions=tidy_tags(face.captions, self.kind)) for face in faces]
         self.faces = faces
-        self.train, self.validation = self._split(validation_share)
+        self.train, self.validation = self._split(self.validation_share)
         self.terms = strongest_terms([faces[index].captions for index in self.train])
         self.weights = self._calculate_sample_weights()
         self.make_texts()
@@ -239,7 +235,7 @@ class MangaFaceDataset:
     @classmethod
     def from_config(cls, config, unit: int = 64) -> "MangaFaceDataset":
         """From the constants of the same names."""
-        names = inspect.signature(cls).parameters.keys() - {"unit"}
+        names = {field.name for field in fields(cls)} - {"unit"}
         return cls(**{name: getattr(config, name) for name in names}, unit=unit)
 
     def __len__(self) -> int:
@@ -282,7 +278,7 @@ class MangaFaceDataset:
             self.first_text.append(positions[(packed or texts)[0]])
         self.texts = list(positions)
 
-    def _read_faces(self, threads: int) -> list[Face]:
+    def _read_faces(self) -> list[Face]:
         if not self.dataset_dir.is_dir():
             raise InputError(f"dataset_dir={str(self.dataset_dir)!r} is not a folder: set dataset_dir, or try --demo")
         self.layout = read_layout(self.dataset_dir, self.json_file)
@@ -303,7 +299,7 @@ class MangaFaceDataset:
         self.skipped = why_missing(self.dataset_dir, missing, set(found)) + silent
         framing = {name: getattr(self, name) for name in ("resolution", "unit", "framing", "trim_frames")}
         faces, room = [], KEPT_PIXELS
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
             read = pool.map(lambda path: _read_face(found[path][0], path, *found[path][1:], **framing), found)
             for face, picture in tqdm(read, "Reading faces", len(found), leave=False, disable=None, unit="face"):
                 faces.append(face)

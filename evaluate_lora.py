@@ -174,8 +174,6 @@ def main(arguments: list[str]) -> None:
         print(f"Side by side: {page}")
     else:
         (score,) = scored.values()
-        if to:
-            to.mkdir(parents=True, exist_ok=True)
         print(evaluation.write(to, score) if to else evaluation.table(score, evaluation.judge_held_out()))
 
 

@@ -24,8 +24,7 @@ if sys.platform == "linux":  # elsewhere torch can't: a GPU's memory in pieces t
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 HERE = Path(__file__).resolve().parent
 
-from training import arguments
-from training.arguments import check_config
+from training.arguments import check_config, flag_parser, with_flags
 from training.files import InputError, Stop, printable
 
 # Constants: edit them here, or override them as --name value -----------------------------------------------------
@@ -127,7 +126,7 @@ NOTHING_EXPORTED = "Nothing was exported, the last checkpoint stands: lower lear
 
 def parse_arguments(words: list[str]) -> TrainingConfig:
     """Flags over DEMO (if asked for) over the constants above. Raises Stop(2) naming a bad flag."""
-    return arguments.parse_arguments(words, TrainingConfig, __file__, DEMO)
+    return with_flags(TrainingConfig(), vars(flag_parser(TrainingConfig, __file__).parse_args(words)), DEMO)
 
 
 def exit_with(code: int, message: object) -> None:

@@ -40,7 +40,6 @@ def ranking(scored: dict[str, Score]) -> str:
 
 def write(folder: Path, evaluation: Evaluation, scored: dict[str, Score]) -> None:
     """Write before_after.png, a column for the base and each LoRA, and scores.json into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     columns = {"base alone": evaluation.of_base} | scored
     shown = evaluation.shown()
     rows = [[score.features.pixels[number] for score in columns.values()] for number in shown]

@@ -155,7 +155,6 @@ def to_webp(pixels: np.ndarray, most: int = 2048) -> bytes:
 
 def write_album(folder: Path, prompts: list[str], drawn) -> None:
     """Write each of the pictures (H, W, 3) as it was drawn, 01.webp, 02.webp ..., and prompts.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     for number, pixels in enumerate(drawn, start=1):
         write_atomic(folder / f"{number:02d}.webp", to_webp(pixels), flush=False)
     content = json.dumps({"prompts": prompts}, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")

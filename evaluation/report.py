@@ -119,7 +119,6 @@ def write_comparison(folder: Path, evaluation, scored: dict, runs: dict, sentenc
     page += [_section("The same prompts", pictures)]
     page += [_section("Curves", curves and f'<div class="cards">{curves}</div>\n')]
     page += [_section("Settings that differ", _table(["", *abouts], differ))]
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / COMPARISON, "Comparison", page)
     return folder / COMPARISON
 

@@ -38,11 +38,6 @@ POINTS = {"style": 2, "set distance": 3, "coherence": 3, "adherence": 2}  # 10 i
 COSTS = {"novelty": 3, "diversity": 3}  # what the base has, too: nothing to be earned, only lost
 
 
-def judged_side(resolution: int) -> int:
-    """Pixels a side that the judge sees: 64 or 128."""
-    return 4 * GRID if resolution >= 4 * GRID else 2 * GRID
-
-
 class References:
     """What pictures are held against: m training faces, through the VAE as every picture is; and all, for copies.
 
@@ -66,7 +61,7 @@ class References:
         self.scales = [math.sqrt(2 * block.var(axis=0).sum()) + 1e-9 for block in measures.layout(own)]
         self.layout = self.layout_of(own)  # (m, D)
         self.among = measures.distances(self.layout, self.layout)  # (m, m)
-        self.side = judged_side(config.resolution)
+        self.side = 4 * GRID if config.resolution >= 4 * GRID else 2 * GRID  # of the pictures that the judge sees
         self.judge = None
         if len(dataset.validation) >= FEWEST:
             self.judge = Judge(*(measures.squashed(some, self.side) for some in (own, self.half_pixels)), config.seed)
@@ -292,11 +287,9 @@ class Score:
 
     def copies(self) -> list[dict]:
         """Pictures that are copies of a training face: {prompt, face, distance}."""
-        own, names, distances = self.features, self.references.names, self.features.nearest_distance
+        own, names, away = self.features, self.references.names, self.features.nearest_distance
         copied = np.flatnonzero(own.is_copy)
-        return [
-            {"prompt": own.texts[n], "face": names[own.nearest[n]], "distance": float(distances[n])} for n in copied
-        ]
+        return [{"prompt": own.texts[n], "face": names[own.nearest[n]], "distance": float(away[n])} for n in copied]
 
     def as_json(self) -> dict:
         """The score with its maximum, every value as an entry, and the copies."""

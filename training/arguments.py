@@ -61,14 +61,6 @@ def with_flags(config, given: dict, demo: dict):
     return dataclasses.replace(config, **(edited | (demo if given.get("demo", config.demo) else {}) | given))
 
 
-def parse_arguments(arguments: list[str], constants: type, script: str, demo: dict):
-    """Flags over `demo` (if --demo is among them) over the defaults of the dataclass `constants` in `script`.
-
-    Raises Stop(2): a flag is unknown or misspelt, or its value has the wrong type; names it.
-    """
-    return with_flags(constants(), vars(flag_parser(constants, script).parse_args(arguments)), demo)
-
-
 def check_config(config) -> None:
     """All that can be known of a TrainingConfig before torch is imported.
 

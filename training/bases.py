@@ -98,25 +98,22 @@ def single_file(pretrained_model: str) -> Path | None:
     Raises BaseModelError: it isn't there, or the folder holds several.
     """
     path, wanted = Path(pretrained_model), f"pretrained_model={pretrained_model!r}"
-    in_pieces = f"{wanted} is one model in pieces: get it in one file, or as a diffusers folder"
     if path.is_file() and path.suffix.lower() not in SINGLE:
         kinds = f"{' or '.join(SINGLE)} file, a diffusers folder or a hub id"
         raise BaseModelError(f"{wanted} is a {path.suffix or 'nameless'} file: a base is a {kinds}")
+    files = []
     if path.suffix.lower() in SINGLE and not path.is_dir():
         if not path.is_file():
             raise BaseModelError(f"{wanted} is not there: correct the path")
-        if PIECE.search(path.stem):
-            raise BaseModelError(in_pieces)
-        return path
-    if path.is_dir() and not (path / "unet").is_dir() and not (path / "model_index.json").is_file():
+        files = [path]
+    elif path.is_dir() and not (path / "unet").is_dir() and not (path / "model_index.json").is_file():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SINGLE)
-        if any(PIECE.search(file.stem) for file in files):
-            raise BaseModelError(in_pieces)
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
-            raise BaseModelError(f"{wanted} holds {len(files)} checkpoints ({names}): name one of them")
-        return files[0] if files else None
-    return None
+    if any(PIECE.search(file.stem) for file in files):
+        raise BaseModelError(f"{wanted} is one model in pieces: get it in one file, or as a diffusers folder")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
+        raise BaseModelError(f"{wanted} holds {len(files)} checkpoints ({names}): name one of them")
+    return files[0] if files else None
 
 
 def about(pretrained_model: str) -> str:

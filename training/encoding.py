@@ -107,7 +107,7 @@ def cache_room(dataset: MangaFaceDataset, config, configs: Path, dtype: torch.dt
     configs: folder of the base's configs. What lies in the cache already is taken for a part of it; whether it is,
     and whether the rest fits, is found out when it is filled.
 
-    Raises Stop(3): the disk can't hold them; not in a dry run.
+    Raises Stop(3): the disk can't hold them; not in a dry run. BaseModelError: the VAE's config is damaged.
     """
     channels = whole_number(configs, "vae/config.json", "latent_channels", 4)
     pixels = 4 ** (len(read_config(configs / "vae/config.json")["block_out_channels"]) - 1)  # of a latent one

@@ -57,11 +57,13 @@ def temporary_beside(path: Path):
 
 
 def write_atomic(path: Path, content: bytes, check=None, flush: bool = True) -> None:
-    """Write a file under its final name only once all of it is on the disk, and check(temporary) raised nothing.
+    """Write a file, in a folder that is made if need be, under its final name only once all of it is on the disk and
+    check(temporary) raised nothing.
 
     flush=False is faster, and enough for a file whose reader notices that a power failure tore it.
     Raises OSError: the disk is full or the folder can't be written; `path` is then as it was.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_beside(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -93,7 +93,6 @@ def start_folder(output: Path, run: dict, step: int, action: str, epoch: int = 0
             shutil.rmtree(path)
         elif name not in kept:
             path.unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "config.json", json.dumps(run, indent=1).encode())
     (output / "samples").mkdir(exist_ok=True)
     for drawn in (output / "samples").glob("epoch-*"):  # after a checkpoint that was lost

@@ -12,7 +12,6 @@ import os
 import re
 import reprlib
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -240,9 +239,7 @@ def _read_meta_cap(json_file: str | Path, entries: dict[str, dict]) -> list[Entr
     rows, files = [], {}
     for key, entry in entries.items():
         where = f"{json_file}, {key[:80]!r}"
-        captions = [
-            _texts(entry.get(column, "")) if isinstance(entry, dict) else None for column in ("caption", "tags")
-        ]
+        captions = [_texts(entry.get(name, "")) if isinstance(entry, dict) else None for name in ("caption", "tags")]
         if None in captions:
             raise InputError(f"{where}: caption and tags must be texts")
         is_absolute = PureWindowsPath(key).drive or key.startswith(("/", "\\"))
@@ -381,13 +378,7 @@ def _read_kohya_folders(folder: Path, json_file: Path) -> Layout | None:
     return Layout(f"folders with repeats: {', '.join(titles)}", "a caption", entries, notes) if entries else None
 
 
-READERS: tuple[Callable[[Path, Path], Layout | None], ...] = (
-    _read_json,  # [{"image_name": ..., "captions": ...}], meta_cap.json
-    _read_jsonl,  # metadata.jsonl
-    _read_csv,  # metadata.csv
-    _read_sidecars,  # image.txt, image.caption
-    _read_kohya_folders,  # 10_name/
-)
+READERS = (_read_json, _read_jsonl, _read_csv, _read_sidecars, _read_kohya_folders)
 
 
 # What a folder has -------------------------------------------------------------------------------------------------
@@ -436,11 +427,9 @@ def _compare(folder: Path, taken: Layout, other: Layout) -> None:
             continue
         ours, theirs = plain(before.captions), plain(entry.captions)
         if not any(one in another or another in one for one in ours for another in theirs):
-            raise InputError(
-                f"dataset_dir={str(folder)!r} holds two layouts that contradict each other: {shown(entry.name)} is "
-                f"{shown(before.captions[0])!r} by {taken.title}, {shown(entry.captions[0])!r} by {other.title}: "
-                "move one of them out of the folder"
-            )
+            why = f"dataset_dir={str(folder)!r} holds two layouts that contradict each other: {shown(entry.name)} is"
+            both = f"{shown(before.captions[0])!r} by {taken.title}, {shown(entry.captions[0])!r} by {other.title}"
+            raise InputError(f"{why} {both}: move one of them out of the folder")
 
 
 def _why_nothing(folder: Path, json_file: Path) -> str:
