@@ -156,7 +156,7 @@ from training.base_model import load_tokenizer
 from training.checkpoint import CheckpointError, TrainingState, Validated, resume_state, save_state
 from training.dataset_report import dataset_warnings, write_dataset_report
 from training.denoising import Batch, check_prediction, draw_batch, one_late, read_later, sum_over_processes, validate
-from training.encoding import Data, EncodedDataset, cache_room, encode
+from training.encoding import Data, cache_room, encode
 from training.labels import labels_of
 from training.lora_files import read_start
 from training.memory import is_out_of_memory, plan_memory
@@ -193,13 +193,7 @@ def apply_decay(weights: torch.Tensor, log_decay: float) -> float:
 
 
 def train_step(
-    model: Model,
-    encoded: EncodedDataset,
-    batch: Batch,
-    share: torch.Tensor,
-    learning_rate: float,
-    config,
-    signal_number=0,
+    model: Model, encoded, batch: Batch, share: torch.Tensor, learning_rate: float, config, signal_number=0
 ) -> Callable[[], list[float]]:
     """One optimizer step.
 

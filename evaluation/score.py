@@ -401,9 +401,7 @@ class Evaluation:
         captions = [self.jobs.prompts[number] for number in shown]
         return [[row[strength] for strength in STRENGTHS] for row in rows], list(map(str, STRENGTHS)), captions
 
-    def judge_pictures(
-        self, pixels: list[np.ndarray], texts: list[str] | None = None, are_prompts: bool = True
-    ) -> Score:
+    def judge_pictures(self, pixels: list, texts: list[str] | None = None, are_prompts: bool = True) -> Score:
         """Score pictures (H, W, 3), uint8, wherever they come from: of the jobs, or portraits of these texts.
 
         are_prompts: else the texts only tell pictures apart, and adherence is not known.
@@ -443,18 +441,17 @@ class Evaluation:
         def pixels_of(face: int) -> np.ndarray:
             return pictures.to_pixels(self.dataset.pixels(face))
 
-        rows, base, own = [], self.of_base.features.pixels, lora.features.pixels
+        rows, captions, base, own = [], [], self.of_base.features.pixels, lora.features.pixels
         for number in self.shown():
-            is_own = number < self.jobs.portraits and self.dataset.validation
-            real = pixels_of(self.jobs.faces[number]) if is_own else None
+            prompt, is_portrait = self.jobs.prompts[number], number < self.jobs.portraits
+            real = pixels_of(self.jobs.faces[number]) if is_portrait and self.dataset.validation else None
             nearest = pixels_of(self.dataset.train[lora.features.nearest[number]])
             rows.append([real, base[number], own[number], nearest])
+            captions.append(prompt if is_portrait else pictures.titled(prompt, self.config))
         titles = ["real face", "base", "LoRA", "nearest training face"]
         if all(row[0] is None for row in rows):
             rows, titles = [row[1:] for row in rows], titles[1:]
-        captions = [self.jobs.prompts[number] for number in self.shown()]
-        own = sum(number < self.jobs.portraits for number in self.shown())
-        return rows, titles, captions[:own] + [pictures.titled(prompt, self.config) for prompt in captions[own:]]
+        return rows, titles, captions
 
     def table(self, lora: Score, held_out: Score | None, name: str = "LoRA") -> str:
         """Measures, parts and score of base, LoRA (or whatever has this name) and real faces."""

@@ -123,9 +123,7 @@ def ink_of(grey: Image.Image, frame: tuple[int, ...]) -> np.ndarray:
     return 255 - pixels + strokes
 
 
-def place_box(
-    ink: np.ndarray, frame: tuple[int, ...], shape: tuple[int, int]
-) -> tuple[float, tuple[float, float, float, float]]:
+def place_box(ink: np.ndarray, frame: tuple[int, ...], shape: tuple[int, int]) -> tuple[float, tuple[float, ...]]:
     """(ink cut off, the largest box inside `frame` with the aspect of `shape` (H, W), where that is least).
 
     As heads are up, what is cut at the top counts HEAD_UP times. Of equal places the middle one is taken. The

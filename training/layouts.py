@@ -170,13 +170,12 @@ def why_missing(dataset_dir: Path, missing: list[str], used: set[Path]) -> list[
     unread = {_key(_stem(name)): name for name in unread_pictures(dataset_dir)}
     lines = []
     for number, name in enumerate(missing):
-        line = f"{shown(name)}: no image file of that name"
-        near = find_near(name, left) if number < MAX_COMPARED else None
+        line = "no image file of that name"
         if other := unread.get(_key(_stem(name))):
-            line = f"{shown(name)}: {shown(other)} is in a format that isn't read: save it as PNG"
-        elif near:
+            line = f"{shown(other)} is in a format that isn't read: save it as PNG"
+        elif number < MAX_COMPARED and (near := find_near(name, left)):
             line += f"; did you mean {shown(near)}?"
-        lines.append(line)
+        lines.append(f"{shown(name)}: {line}")
     return lines
 
 
@@ -304,9 +303,7 @@ def _read_csv(folder: Path, json_file: Path) -> Layout | None:
         raise InputError(f"{file}, line {reader.line_num}: {error}: fix it") from None
 
 
-def _pair_sidecars(
-    root: Path, folder: Path, default: str = "", repeats: int = 1
-) -> tuple[list[Entry], list[str], dict]:
+def _pair_sidecars(root: Path, folder: Path, default: str = "", repeats: int = 1) -> tuple[list[Entry], list, dict]:
     """(entries, lines on what is odd, {suffix: number of sidecars with a picture}) of one folder in `root`.
 
     Each line of `image.txt` or `image.caption` is a caption of `image.png`. Pictures without a sidecar get the
@@ -440,9 +437,8 @@ def _why_nothing(folder: Path, json_file: Path) -> str:
         return f"{where} holds more than one: set json_file to one of {some_of(jsons)}"
     also = f"; {some_of(unread)} of its pictures are in a format that isn't read" if unread else ""
     if sidecars:
-        pictures = _files(folder, IMAGE_SUFFIXES)
-        pairs = [(name, find_near(os.path.splitext(name)[0], pictures)) for name in sidecars[:1]]
-        meant = "".join(f"; for {shown(name)}, did you mean {shown(near)}?" for name, near in pairs if near)
+        near = find_near(os.path.splitext(sidecars[0])[0], _files(folder, IMAGE_SUFFIXES))
+        meant = f"; for {shown(sidecars[0])}, did you mean {shown(near)}?" if near else ""
         return f"{where} holds no picture for any of its sidecars, {some_of(sidecars)}{meant}{also}"
     return f"{where} holds no image.txt, metadata.jsonl or 10_name folder either: set json_file to your captions{also}"
 
