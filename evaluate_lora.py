@@ -53,10 +53,8 @@ def find_run(path: Path) -> Path | None:
     """The folder of the training that a path is or lies in: OUTPUT, OUTPUT/last, OUTPUT/candidates/epoch-010/a.bin."""
     if (path / "config.json").is_file():
         return path
-    for folder in list(path.absolute().parents)[:3]:
-        if "constants" in read_object(folder / "config.json"):  # else some other program's
-            return folder
-    return None
+    folders = list(path.absolute().parents)[:3]  # a config.json in them may be some other program's
+    return next((folder for folder in folders if "constants" in read_object(folder / "config.json")), None)
 
 
 def read_run(folder: Path, given: dict) -> tuple[TrainingConfig, str, Path | None]:
@@ -78,11 +76,11 @@ def read_run(folder: Path, given: dict) -> tuple[TrainingConfig, str, Path | Non
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not that of a finished training ({error!r:.80}): train again") from None
     data, named = str(run.get("data")), config.pretrained_model
-    if given.keys() & {"pretrained_model", "demo"}:
+    is_named = given.keys() & {"pretrained_model", "demo"}
+    # Nothing is downloaded at a file's word, but a single file may have to be converted again
+    if is_named or (not base.is_dir() and Path(named).exists() and single_file(named)):
         return config, data, None
-    if not base.is_dir():  # nothing is downloaded at a file's word, but a single file may have to be converted again
-        if Path(named).exists() and single_file(named):
-            return config, data, None
+    if not base.is_dir():
         remedy = "name it as --pretrained_model, or train again, with --overwrite"
         raise InputError(f"{file}: base={run['base']!r} is no folder any more: {remedy}")
     return config, data, find_base(str(base), config.cache_dir)

@@ -398,13 +398,12 @@ def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: 
         declared = model.scheduler.config.prediction_type
         where = bases.schedule_of(config.pretrained_model, run.base, declared)
         check_prediction(model.unet, model.scheduler, rest, found[0], where, run.log)
-    if held_out and not math.isfinite(found[0]):
-        raise Stop(4, f"the validation loss after epoch {epoch} is {found[0]}. {NOTHING_EXPORTED}")
-    if held_out:
-        run.add_validation(state.step, found[0])
     state.history.append(Validated(epoch, *found))
     told = [run.average_loss] if run.average_loss else []  # none before the first epoch, or if a run resumed after one
     if held_out:
+        if not math.isfinite(found[0]):
+            raise Stop(4, f"the validation loss after epoch {epoch} is {found[0]}. {NOTHING_EXPORTED}")
+        run.add_validation(state.step, found[0])
         best = " (best so far)" if state.best == state.history[-1] else ""
         told.append(f"Validation Loss: {found[0]:.4f}{best}")
     if told:

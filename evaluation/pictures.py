@@ -59,8 +59,7 @@ def evaluation_jobs(dataset, config) -> Jobs:
     jobs += [(prompt, config.seed + turn, square) for prompt in config.sample_prompts for turn in range(per_prompt)]
     if config.demo:
         prompts = json.loads((DEMO_ATTRIBUTES / "prompts.json").read_text(encoding="utf-8"))
-        some = enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])
-        jobs += [(prompt, config.seed + number, square) for number, prompt in some]
+        jobs += [(text, config.seed + turn, square) for turn, text in enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])]
     prompts, seeds, shapes = (list(column) for column in zip(*jobs, strict=True))
     return Jobs(prompts, seeds, shapes, [face for face, _ in own], samples)
 
@@ -139,8 +138,7 @@ def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: lis
             for column, title in enumerate(titles):
                 draw.text((left + column * TILE + TILE / 2, 18), title, "black", ImageFont.load_default(size=15), "mm")
         for column, picture in ((column, picture) for column, picture in enumerate(row) if picture is not None):
-            tile = Image.fromarray(picture)
-            tile = ImageOps.pad(tile, (TILE - 4, TILE - 4), Image.Resampling.LANCZOS, "lightgrey")
+            tile = ImageOps.pad(Image.fromarray(picture), (TILE - 4, TILE - 4), Image.Resampling.LANCZOS, "lightgrey")
             sheet.paste(tile, (left + column * TILE + 2, top))
         draw.multiline_text((left + 2, top + TILE), "\n".join(lines), "black", font, spacing=2)
     return sheet

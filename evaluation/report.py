@@ -199,14 +199,14 @@ class Grid:
         rows = [[first[row], self.epochs[newest][row]] for row in both]
         return _cards(album, rows, [self.start, f"epoch {newest}"], [text for text, _ in both])
 
+    def _size(self, epochs: set[int]) -> float:
+        """Bytes of their pictures in the page."""
+        return sum(1.4 * file.stat().st_size + 600 for epoch in epochs for file in self.epochs[epoch].values())
+
     def html(self, album: Album, best: int | None) -> str:
         """A strip of pictures per prompt, from the first to the last epoch; of fewer epochs, if there isn't room."""
         some, kept = list(self.epochs), {best, *list(self.epochs)[-1:]} & self.epochs.keys()
-        # Bytes of their pictures in the page
-        sizes = {
-            epoch: sum(1.4 * file.stat().st_size + 600 for file in of.values()) for epoch, of in self.epochs.items()
-        }
-        while len(some) > 1 and sum(sizes[epoch] for epoch in {*some, *kept}) > album.room:
+        while len(some) > 1 and self._size({*some, *kept}) > album.room:
             some = [epoch for epoch in some if epoch not in kept][::2]
         columns = sorted({*some, *kept})
         lines = ""

@@ -162,9 +162,8 @@ def _fetch(name: str, patterns: list[str]) -> Path:
 
 def _missing(folder: Path) -> list[str]:
     """What a folder lacks of the small files that a conversion needs."""
-    vocabulary = ["tokenizer/vocab.json", "tokenizer/merges.txt"]
-    if (folder / "tokenizer" / "tokenizer.json").is_file():
-        vocabulary = []
+    is_whole = (folder / "tokenizer" / "tokenizer.json").is_file()  # which holds what is in these two
+    vocabulary = [] if is_whole else ["tokenizer/vocab.json", "tokenizer/merges.txt"]
     return [file for file in ["model_index.json", *CONFIGS, *vocabulary] if not (folder / file).is_file()]
 
 

@@ -49,9 +49,8 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
         raise CheckpointError(f"{where} {why}: choose another output_dir")
     faces = before.get("faces")
     before = former | before["constants"] | {name: before.get(name) for name in ABOUT}
-    made = ("summary.json", *LORA_FILES)
     saved = any((output / "checkpoints").glob("step-*"))  # damaged ones too: a run is never started over silently
-    if overwrite or not (saved or any((output / name).is_file() for name in made)):
+    if overwrite or not (saved or any((output / name).is_file() for name in ("summary.json", *LORA_FILES))):
         return "new"  # a start that never got as far as a checkpoint holds nothing to lose
     now = json.loads(json.dumps(run["constants"] | {name: run[name] for name in ABOUT}))  # tuples become lists
     changed = {name: value for name, value in now.items() if value != before.get(name)}
@@ -62,7 +61,9 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
             differing["data"] = _changed_faces(faces, run["faces"])
             remedy += f"; --start_from {output / 'last' / LORA_FILES[1]} in another output_dir goes on with these faces"
         raise CheckpointError(f"{where} holds another run ({'; '.join(differing.values())}): {remedy}")
-    return "resume" if changed.keys() & GO_ON or not _is_finished(output) else "finished"
+    # If the end's files aren't all there, a resume makes them again from the last checkpoint
+    is_finished = read_object(output / "summary.json") and all((output / name).is_file() for name in LORA_FILES)
+    return "finished" if is_finished and not changed.keys() & GO_ON else "resume"
 
 
 def _changed_faces(before: dict[str, str], now: dict[str, str]) -> str:
@@ -72,11 +73,6 @@ def _changed_faces(before: dict[str, str], now: dict[str, str]) -> str:
     names = {"new": now.keys() - both, "gone": before.keys() - both, "changed": changed}
     told = ", ".join(f"{what}: {some_of(sorted(found))}" for what, found in names.items() if found)
     return f"faces {told or 'in another order'}"
-
-
-def _is_finished(output: Path) -> bool:
-    """Whether the end's files are there; if not, a resume makes them again from the last checkpoint."""
-    return bool(read_object(output / "summary.json")) and all((output / name).is_file() for name in LORA_FILES)
 
 
 def start_folder(output: Path, run: dict, step: int, action: str, epoch: int = 0) -> None:
@@ -125,11 +121,6 @@ def read_rows(output: Path) -> list[list[str]]:
         return []
     rows = [line.split(",") for line in text.splitlines()]
     return [row for row in rows if len(row) == len(METRICS) and re.fullmatch("[0-9]{1,9}", row[1])]
-
-
-def learning_rates(output: Path) -> list[float]:
-    """Of each step so far."""
-    return [float(row[METRICS.index("lr")]) for row in read_rows(output)]
 
 
 def _write_rows(output: Path, rows: list[list[str]]) -> None:

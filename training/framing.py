@@ -154,20 +154,18 @@ def ink_cut(grey: Image.Image, frame: tuple[int, ...], box: tuple[float, ...]) -
     The largest share over the cut sides; 0 if hardly anything was cut. What runs to the picture's edge (a neck, a
     background) was cut there already and doesn't count; nor does paper, of whatever tone.
     """
-    pixels, cuts = np.asarray(grey).astype(np.int16), []
+    pixels = np.asarray(grey).astype(np.int16)
     left, top, right, bottom = (round(side) for side in box)
     little_x, little_y = LITTLE_CUT * (frame[2] - frame[0]), LITTLE_CUT * (frame[3] - frame[1])
     rows, columns = slice(top, bottom), slice(left, right)
-    if top - frame[1] > little_y:
-        cuts.append((pixels[top, columns], pixels[frame[1], columns]))
-    if frame[3] - bottom > little_y:
-        cuts.append((pixels[bottom - 1, columns], pixels[frame[3] - 1, columns]))
-    if left - frame[0] > little_x:
-        cuts.append((pixels[rows, left], pixels[rows, frame[0]]))
-    if frame[2] - right > little_x:
-        cuts.append((pixels[rows, right - 1], pixels[rows, frame[2] - 1]))
+    sides = (  # is it cut, the cut, the picture's edge
+        (top - frame[1] > little_y, pixels[top, columns], pixels[frame[1], columns]),
+        (frame[3] - bottom > little_y, pixels[bottom - 1, columns], pixels[frame[3] - 1, columns]),
+        (left - frame[0] > little_x, pixels[rows, left], pixels[rows, frame[0]]),
+        (frame[2] - right > little_x, pixels[rows, right - 1], pixels[rows, frame[2] - 1]),
+    )
     found = [0.0]
-    for cut, edge in cuts:
+    for cut, edge in (lines for is_cut, *lines in sides if is_cut):
         inked, before = ((np.abs(line - np.median(edge)) > TONE).mean() for line in (cut, edge))
         found.append(float(inked - 3 * before))
     return max(found)

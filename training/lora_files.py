@@ -155,11 +155,9 @@ def _noted_alpha(header: dict, module: str, rank: int) -> float:
     part, _, inner = path.partition(".")
     own = {key.removeprefix(f"{part}."): value for key, value in header.items() if key.startswith(f"{part}.")}
     own, path = (own, inner) if own else (header, path)
-    path, alpha = path.removeprefix("text_model."), own.get("lora_alpha") or rank
-    for name, of_some in (own.get("alpha_pattern") or {}).items():
-        if f".{path}".endswith("." + name.lstrip("^").removeprefix("text_model.")):
-            alpha = of_some
-            break
+    path, patterns = path.removeprefix("text_model."), (own.get("alpha_pattern") or {}).items()
+    ends = ((f".{name.lstrip('^').removeprefix('text_model.')}", of_some) for name, of_some in patterns)
+    alpha = next((of_some for end, of_some in ends if f".{path}".endswith(end)), own.get("lora_alpha") or rank)
     return alpha * rank**0.5 if own.get("use_rslora") else alpha
 
 
