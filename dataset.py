@@ -395,8 +395,7 @@ class MangaFaceDataset:
         count = len(self.train)
         order = np.arange(count)
         if self.weighting != "loss":
-            start = np.random.default_rng([self.seed, 1]).random()
-            offset = (start + GOLDEN_RATIO * epoch) % 1.0
+            offset = (np.random.default_rng([self.seed, 1]).random() + GOLDEN_RATIO * epoch) % 1.0
             ends = np.cumsum(self.weights)
             order = np.searchsorted(ends * (count / ends[-1]), order + offset, side="right").clip(max=count - 1)
         return np.random.default_rng([self.seed, 2, epoch]).permutation(order)

@@ -274,8 +274,7 @@ class Score:
         if not math.isfinite(self.value[name]):
             return "n/a"
         n = len(self.features.texts) if name.startswith("adherence") else self.features.portraits
-        entry = {"value": self.value[name], "interval": self.interval(name), "n": n}
-        return entry | self.points(name)
+        return {"value": self.value[name], "interval": self.interval(name), "n": n} | self.points(name)
 
     def points(self, name: str) -> dict:
         """{points, of}: what a part earns, of what it could; of a cost both are 0 or less."""

@@ -266,6 +266,5 @@ def check_prediction(unet, scheduler, rest: tuple, loss: float | None, where: st
     found = [validate(network, another, *rest) for network in (unet, zero)]
     if all(found) and (share := found[0][0] / found[1][0]) < min(BAD_LOSS, loss / guess[0] / 2):
         why = f"the base predicts something else than it says (error {loss / guess[0]:.0%}, with the other {share:.0%})"
-        remedy = f'"prediction_type": "{other}" instead of "{declared}"'
-        raise BaseModelError(f"{why}: in {where} set {remedy}")
+        raise BaseModelError(f'{why}: in {where} set "prediction_type": "{other}" instead of "{declared}"')
     log(f"This base hardly predicts these faces (error {loss / guess[0]:.0%}): is it whole, and the right one?")

@@ -45,8 +45,7 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
         return "new"
     before = read_object(output / "config.json")
     if not isinstance(before.get("constants"), dict):
-        why = "is not empty and holds no run of this program"
-        raise CheckpointError(f"{where} {why}: choose another output_dir")
+        raise CheckpointError(f"{where} is not empty and holds no run of this program: choose another output_dir")
     faces = before.get("faces")
     before = former | before["constants"] | {name: before.get(name) for name in ABOUT}
     saved = any((output / "checkpoints").glob("step-*"))  # damaged ones too: a run is never started over silently

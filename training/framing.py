@@ -171,9 +171,7 @@ def ink_cut(grey: Image.Image, frame: tuple[int, ...], box: tuple[float, ...]) -
     return max(found)
 
 
-def frame_picture(
-    picture: Image.Image, resolution: int, unit: int, framing: str, trim_frames: bool
-) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, int]]:
+def frame_picture(picture: Image.Image, resolution: int, unit: int, framing: str, trim_frames: bool) -> tuple:
     """(what is left without a panel's frame, the box in it that is trained on, the shape (H, W) that becomes).
 
     framing: "buckets" = the picture's own shape, as far as the base has one; "square" = the centre square.

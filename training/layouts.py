@@ -105,18 +105,17 @@ def _read_text(file: Path, inside: Path | None = None) -> str:
     except OSError as error:
         raise InputError(f"{what} can't be read ({error.strerror}): set json_file to your captions") from None
     if len(content) > MAX_CAPTION_BYTES:
-        limit = f"{MAX_CAPTION_BYTES / 2**20:.0f} MiB"
-        raise InputError(f"{what} is larger than {limit}: set json_file to your captions")
+        raise InputError(f"{what} is larger than {MAX_CAPTION_BYTES / 2**20:.0f} MiB: set json_file to your captions")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
 
 
-def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None = None) -> Path | None:
+def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict]) -> Path | None:
     """The file of `name` (suffix optional, case of the suffix free) inside `dataset_dir`, or None.
 
-    `listings`, if given, keeps the folders' names from call to call: 10,000 names shouldn't be listed 10,000 times.
+    `listings` keeps the folders' names from call to call: 10,000 names shouldn't be listed 10,000 times.
 
     Raises:
         InputError: the name leads out of the folder (absolute, drive, "..", backslash, link), holds a control
@@ -128,7 +127,6 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None =
         why = f"leads out of {dataset_dir}, or is no name on every system"
         raise InputError(f"image_name {name[:80]!r} {why}: only plain names inside the folder are read")
     folder = (dataset_dir / name).parent
-    listings = {} if listings is None else listings
     if folder not in listings:
         check_inside(dataset_dir, folder, name)
         listings[folder] = {}
