@@ -100,7 +100,8 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
 def write_comparison(folder: Path, evaluation, scored: dict, runs: dict, sentence: str) -> Path:
     """Write folder/comparison.html: several LoRAs, {name: Score}; runs: {name: its training's folder or None}."""
     columns, numbers = {"base alone": evaluation.of_base} | scored, evaluation.shown()
-    known = {name: score.as_json()["score"] for name, score in columns.items() if score.score is not None}
+    entries = {name: score.as_json()["score"] for name, score in columns.items()}
+    known = {name: of for name, of in entries.items() if isinstance(of, dict)}  # else too few to judge
     bars = "".join(_bar(name, of["value"], of["maximum"] or 10, _interval(of)) for name, of in known.items())
     rows = [[score.features.pixels[number] for score in columns.values()] for number in numbers]
     pictures = _cards(Album(), rows, list(columns), [evaluation.jobs.prompts[number] for number in numbers])
