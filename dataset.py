@@ -12,14 +12,12 @@ Letters in shapes: B batch, C latent channels, H W pixels, h w latent, T tokens,
 """
 
 import hashlib
-import inspect
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,16 +81,13 @@ def near_duplicates(faces: list["Face"]) -> list[int]:
     Of what is set in either hash less than an eighth may differ, so that pictures without contrast aren't all alike.
     Copies of one file are in one group, too. Compares all pairs: 10,000 faces take seconds.
     """
-    plain, mirrored = (
-        np.frombuffer(b"".join(face.dhashes[side] for face in faces), np.uint64).reshape(len(faces), -1)
-        for side in (0, 1)
-    )
+    sides = zip(*(face.dhashes for face in faces), strict=True)
+    plain, mirrored = (np.frombuffer(b"".join(side), np.uint64).reshape(len(faces), -1) for side in sides)
     files, bits = np.array([face.sha256 for face in faces]), np.bitwise_count(plain).sum(axis=1, dtype=int)
     first = list(range(len(faces)))
     for index in range(len(faces)):
-        differing = np.minimum(
-            *(np.bitwise_count(plain[index] ^ others[:index]).sum(axis=1, dtype=int) for others in (plain, mirrored))
-        )
+        unlike = (plain[index] ^ others[:index] for others in (plain, mirrored))
+        differing = np.minimum(*(np.bitwise_count(some).sum(axis=1, dtype=int) for some in unlike))
         either = (bits[index] + bits[:index] + differing) // 2  # few in a soft picture: then few may differ
         alike = (differing <= NEAR_DUPLICATE) & (8 * differing < either) | (files[index] == files[:index])
         groups = {first[other] for other in np.flatnonzero(alike)}
@@ -168,6 +163,7 @@ def clip_to_mean_one(raw: np.ndarray, low: float, high: float) -> np.ndarray:
 # The data set --------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class MangaFaceDataset:
     """The usable faces of a folder, split into training and hold-out, with a sampling weight each.
 
@@ -201,32 +197,28 @@ class MangaFaceDataset:
     Nothing here loads a model. `dataset[i]` is the i-th training face as a tensor, for a look from a notebook.
     """
 
-    def __init__(
-        self,
-        dataset_dir,
-        json_file,
-        resolution=512,
-        weighting="sampling",
-        weight_min=0.5,
-        weight_max=2.0,
-        validation_share=0.1,
-        seed=0,
-        num_workers=2,
-        shuffle_tags=True,
-        keep_tags=1,
-        trigger_word="",
-        framing="buckets",
-        trim_frames=True,
-        unit=64,
-    ):
-        self.dataset_dir, self.json_file, self.resolution = Path(dataset_dir), Path(json_file), resolution
-        self.weighting, self.weight_min, self.weight_max, self.seed = weighting, weight_min, weight_max, seed
-        self.shuffle_tags, self.keep_tags = shuffle_tags, keep_tags
-        self.prefix = f"{trigger_word}, " if trigger_word else ""
-        self.framing, self.trim_frames, self.unit = framing, trim_frames, unit
+    dataset_dir: Path
+    json_file: Path
+    resolution: int = 512
+    weighting: str = "sampling"
+    weight_min: float = 0.5
+    weight_max: float = 2.0
+    validation_share: float = 0.1
+    seed: int = 0
+    num_workers: int = 2
+    shuffle_tags: bool = True
+    keep_tags: int = 1
+    trigger_word: str = ""
+    framing: str = "buckets"
+    trim_frames: bool = True
+    unit: int = 64
+
+    def __post_init__(self):
+        self.dataset_dir, self.json_file = Path(self.dataset_dir), Path(self.json_file)
+        self.prefix = f"{self.trigger_word}, " if self.trigger_word else ""
         self.skipped: list[str] = []  # one line per face that can't be used
         self.kept: dict[Path, Image.Image] = {}  # by file, decoded: until they are encoded or drawn
-        faces = self._read_faces(max(1, num_workers))
+        faces = self._read_faces()
         content = [(face.name, face.sha256, face.captions, *[face.repeats] * (face.repeats > 1)) for face in faces]
         digest = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()  # noqa: E731
         self.fingerprint, self.hashes = digest(content), {face[0]: digest(face)[:16] for face in content}
@@ -235,7 +227,7 @@ class MangaFaceDataset:
         if self.kind != "sentences":
             faces = [replace(face, captions=tidy_tags(face.captions, self.kind)) for face in faces]
         self.faces = faces
-        self.train, self.validation = self._split(validation_share)
+        self.train, self.validation = self._split(self.validation_share)
         self.terms = strongest_terms([faces[index].captions for index in self.train])
         self.weights = self._calculate_sample_weights()
         self.make_texts()
@@ -243,7 +235,7 @@ class MangaFaceDataset:
     @classmethod
     def from_config(cls, config, unit: int = 64) -> "MangaFaceDataset":
         """From the constants of the same names."""
-        names = inspect.signature(cls).parameters.keys() - {"unit"}
+        names = {field.name for field in fields(cls)} - {"unit"}
         return cls(**{name: getattr(config, name) for name in names}, unit=unit)
 
     def __len__(self) -> int:
@@ -286,7 +278,7 @@ class MangaFaceDataset:
             self.first_text.append(positions[(packed or texts)[0]])
         self.texts = list(positions)
 
-    def _read_faces(self, threads: int) -> list[Face]:
+    def _read_faces(self) -> list[Face]:
         if not self.dataset_dir.is_dir():
             raise InputError(f"dataset_dir={str(self.dataset_dir)!r} is not a folder: set dataset_dir, or try --demo")
         self.layout = read_layout(self.dataset_dir, self.json_file)
@@ -307,7 +299,7 @@ class MangaFaceDataset:
         self.skipped = why_missing(self.dataset_dir, missing, set(found)) + silent
         framing = {name: getattr(self, name) for name in ("resolution", "unit", "framing", "trim_frames")}
         faces, room = [], KEPT_PIXELS
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(max(1, self.num_workers)) as pool:
             read = pool.map(lambda path: _read_face(found[path][0], path, *found[path][1:], **framing), found)
             for face, picture in tqdm(read, "Reading faces", len(found), leave=False, disable=None, unit="face"):
                 faces.append(face)
@@ -329,9 +321,8 @@ class MangaFaceDataset:
             return f"{where}: {len(deeper)} images lie one level deeper: {there}"
         if not here:
             other = f", but {some_of(names)}" if (names := unread_pictures(self.dataset_dir)) else ""
-            return (
-                f"{where}: the folder holds no {', '.join(IMAGE_SUFFIXES)} file{other}: put faces there, or try --demo"
-            )
+            none = f"the folder holds no {', '.join(IMAGE_SUFFIXES)} file{other}"
+            return f"{where}: {none}: put faces there, or try --demo"
         reason = f"first reason: {self.skipped[0]}" if self.skipped else "the caption file lists no image"
         return f"{where}: {len(self.skipped)} skipped, {reason}"
 
@@ -404,8 +395,7 @@ class MangaFaceDataset:
         count = len(self.train)
         order = np.arange(count)
         if self.weighting != "loss":
-            start = np.random.default_rng([self.seed, 1]).random()
-            offset = (start + GOLDEN_RATIO * epoch) % 1.0
+            offset = (np.random.default_rng([self.seed, 1]).random() + GOLDEN_RATIO * epoch) % 1.0
             ends = np.cumsum(self.weights)
             order = np.searchsorted(ends * (count / ends[-1]), order + offset, side="right").clip(max=count - 1)
         return np.random.default_rng([self.seed, 2, epoch]).permutation(order)
@@ -437,27 +427,16 @@ class MangaFaceDataset:
         order = self.epoch_order(0) if is_alike else np.arange(len(areas))  # an epoch may lack a light face
         return np.resize(order[areas[order] == areas.max()], min(size, len(order)))
 
-    def cut(self, face: int) -> tuple:
-        """What load_image() takes to read a face as it is trained on: (path, box, shape)."""
-        return self.faces[face].path, self.faces[face].box, self.faces[face].shape
-
     def report(self, tokenizer=None, warnings: Sequence[str] = ()) -> str:
         """What a person should know before training: faces, what is skipped or cut, the weights and their reasons."""
         inside = self.dataset_dir.is_relative_to(Path.cwd())
         folder = self.dataset_dir.relative_to(Path.cwd()) if inside else self.dataset_dir
         listed = {face.path.name for face in self.faces} | {line.split(":")[0] for line in self.skipped}
-        stray = [
-            entry.name
-            for entry in os.scandir(self.dataset_dir)
-            if entry.name.lower().endswith(IMAGE_SUFFIXES)
-            and entry.name not in listed
-            and os.path.splitext(entry.name)[0] not in listed
-        ]
+        here = sorted(path for path in self.dataset_dir.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        stray = [path.name for path in here if listed.isdisjoint((path.name, path.stem))]
         captions = [caption for face in self.faces for caption in face.captions]
-        lines = [
-            f"Faces: {len(self.faces)} usable in {folder} "
-            f"({len(self.train)} to train on, {len(self.validation)} held out)"
-        ]
+        split = f"{len(self.train)} to train on, {len(self.validation)} held out"
+        lines = [f"Faces: {len(self.faces)} usable in {folder} ({split})"]
         if not self.validation:
             lines.append("Hold-out: none, so no validation, no early stopping; the last epoch is the one exported")
         lines += [f"Layout: {self.layout.title}", *self.layout.notes]
@@ -468,12 +447,10 @@ class MangaFaceDataset:
             more = f"\n  ... and {len(remarks) - 10} more" if len(remarks) > 10 else ""
             lines.append("\n  ".join([f"Used, but to be looked at: {len(remarks)}", *remarks[:10]]) + more)
         if stray:
-            lines.append(f"Without {self.layout.lacking}: {some_of(sorted(stray))}")
+            lines.append(f"Without {self.layout.lacking}: {some_of(stray)}")
         lines += self._report_pixels()
-        per_face = len(captions) / len(self.faces)
-        lines.append(
-            f"Captions: {len(captions)}, {per_face:.1f} per face, {len(set(captions))} different; {self._kind()}"
-        )
+        counts = f"{len(captions)}, {len(captions) / len(self.faces):.1f} per face, {len(set(captions))} different"
+        lines.append(f"Captions: {counts}; {self._kind()}")
         lines += [f"Trigger word: {shown(self.prefix[:-2])!r} before every caption"] if self.prefix else []
         if tokenizer is not None:
             lines += self.report_tokens(tokenizer)
@@ -488,10 +465,8 @@ class MangaFaceDataset:
         sizes, faces = [face.size for face in self.faces], len(self.faces)
         small = sum(face.pixels < math.prod(face.shape) for face in self.faces)
         uneven = sum(width != height for width, height in sizes)
-        lines = [
-            f"Pixels: {min(map(min, sizes))} to {max(map(max, sizes))} a side; {uneven} of {faces} not square, {small} "
-            "smaller than used (enlarged)"
-        ]
+        counts = f"{uneven} of {faces} not square, {small} smaller than used (enlarged)"
+        lines = [f"Pixels: {min(map(min, sizes))} to {max(map(max, sizes))} a side; {counts}"]
         shapes = Counter(face.shape for face in self.faces).most_common()
         named = ", ".join(f"{width} x {height}: {count}" for (height, width), count in shapes[:6])
         more = f", and {len(shapes) - 6} more" if len(shapes) > 6 else ""
@@ -525,10 +500,8 @@ class MangaFaceDataset:
         """The weight range, and the rarest and commonest faces with the terms that make them so."""
         if self.weighting == "off" and (self.weights == 1).all():
             return ["Weights: off, every face once per epoch"]
-        lines = [
-            f"Weight range: {self.weights.min():.2f} to {self.weights.max():.2f} "
-            f"(acts through {self.weighting if self.weighting != 'off' else 'repeats alone'})"
-        ]
+        through = self.weighting if self.weighting != "off" else "repeats alone"
+        lines = [f"Weight range: {self.weights.min():.2f} to {self.weights.max():.2f} (acts through {through})"]
         if not any(self.terms):
             return lines
         by_weight = np.argsort(-self.weights, kind="stable")

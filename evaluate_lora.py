@@ -13,11 +13,10 @@ training among the paths, from its config.json; if there is none, those at the t
 over both. docs/how_it_works.md explains the table.
 """
 
-import json
 import sys
 from pathlib import Path
 
-from training.files import InputError, Stop
+from training.files import InputError, Stop, read_object
 from training.labels import run_start
 
 if __name__ == "__main__":
@@ -55,13 +54,8 @@ def find_run(path: Path) -> Path | None:
     """The folder of the training that a path is or lies in: OUTPUT, OUTPUT/last, OUTPUT/candidates/epoch-010/a.bin."""
     if (path / "config.json").is_file():
         return path
-    for folder in list(path.absolute().parents)[:3]:
-        try:
-            if "constants" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-                return folder
-        except (OSError, ValueError, TypeError, RecursionError):  # none, or some other program's
-            continue
-    return None
+    folders = list(path.absolute().parents)[:3]  # a config.json in them may be some other program's
+    return next((folder for folder in folders if "constants" in read_object(folder / "config.json")), None)
 
 
 def read_run(folder: Path, given: dict) -> tuple[TrainingConfig, str, Path | None]:
@@ -71,8 +65,8 @@ def read_run(folder: Path, given: dict) -> tuple[TrainingConfig, str, Path | Non
     Raises InputError: it is damaged, or names what isn't here any more.
     """
     file = folder / "config.json"
+    run = read_object(file)
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
         prompts = tuple(run["constants"]["sample_prompts"])
         config = TrainingConfig(**FORMER | run["constants"] | {"sample_prompts": prompts})
         config = with_flags(config, given, DEMO if given.get("demo") else {})
@@ -80,16 +74,17 @@ def read_run(folder: Path, given: dict) -> tuple[TrainingConfig, str, Path | Non
         base = Path(run["base"])
     except Stop as stop:
         raise InputError(str(stop) if str(stop).split("=")[0] in given else f"{file}: {stop}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not that of a finished training ({error!r:.80}): train again") from None
-    if "pretrained_model" in given or "demo" in given:
-        return config, str(run.get("data")), None
-    if not base.is_dir():  # nothing is downloaded at a file's word, but a single file may have to be converted again
-        if Path(config.pretrained_model).exists() and single_file(config.pretrained_model):
-            return config, str(run.get("data")), None
+    data, named = str(run.get("data")), config.pretrained_model
+    is_named = given.keys() & {"pretrained_model", "demo"}
+    # Nothing is downloaded at a file's word, but a single file may have to be converted again
+    if is_named or (not base.is_dir() and Path(named).exists() and single_file(named)):
+        return config, data, None
+    if not base.is_dir():
         remedy = "name it as --pretrained_model, or train again, with --overwrite"
         raise InputError(f"{file}: base={run['base']!r} is no folder any more: {remedy}")
-    return config, str(run.get("data")), find_base(str(base), config.cache_dir)
+    return config, data, find_base(str(base), config.cache_dir)
 
 
 def settings(paths: list[Path], given: dict) -> tuple[TrainingConfig, str | None, Path | None, str]:
@@ -186,8 +181,6 @@ def main(arguments: list[str]) -> None:
         print(f"Side by side: {page}")
     else:
         (score,) = scored.values()
-        if to:
-            to.mkdir(parents=True, exist_ok=True)
         print(evaluation.write(to, score) if to else evaluation.table(score, evaluation.judge_held_out()))
 
 
@@ -195,9 +188,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a face's name's characters is no reason to stop
     try:
         main(sys.argv[1:])
-    except (InputError, Stop) as error:
+    except (InputError, Stop, OSError) as error:
         print(f"evaluate_lora.py: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        print(f"evaluate_lora.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))

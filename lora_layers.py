@@ -261,7 +261,6 @@ def save_lora_weights(unet: nn.Module, path, dtype=torch.float16, metadata: dict
             if not (key in live and key in saved and saved[key].dtype == dtype and saved[key].equal(live[key])):
                 raise LoRASelfCheckError(f"{path}: {key} read back is not the live value in {dtype}")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content, check)
     return path
 

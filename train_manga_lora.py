@@ -24,8 +24,7 @@ if sys.platform == "linux":  # elsewhere torch can't: a GPU's memory in pieces t
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 HERE = Path(__file__).resolve().parent
 
-from training import arguments
-from training.arguments import check_config
+from training.arguments import check_config, flag_parser, with_flags
 from training.files import InputError, Stop, printable
 
 # Constants: edit them here, or override them as --name value -----------------------------------------------------
@@ -127,7 +126,7 @@ NOTHING_EXPORTED = "Nothing was exported, the last checkpoint stands: lower lear
 
 def parse_arguments(words: list[str]) -> TrainingConfig:
     """Flags over DEMO (if asked for) over the constants above. Raises Stop(2) naming a bad flag."""
-    return arguments.parse_arguments(words, TrainingConfig, __file__, DEMO)
+    return with_flags(TrainingConfig(), vars(flag_parser(TrainingConfig, __file__).parse_args(words)), DEMO)
 
 
 def exit_with(code: int, message: object) -> None:
@@ -157,7 +156,7 @@ from training.base_model import load_tokenizer
 from training.checkpoint import CheckpointError, TrainingState, Validated, resume_state, save_state
 from training.dataset_report import dataset_warnings, write_dataset_report
 from training.denoising import Batch, check_prediction, draw_batch, one_late, read_later, sum_over_processes, validate
-from training.encoding import Data, EncodedDataset, cache_room, encode
+from training.encoding import Data, cache_room, encode
 from training.labels import labels_of
 from training.lora_files import read_start
 from training.memory import is_out_of_memory, plan_memory
@@ -194,13 +193,7 @@ def apply_decay(weights: torch.Tensor, log_decay: float) -> float:
 
 
 def train_step(
-    model: Model,
-    encoded: EncodedDataset,
-    batch: Batch,
-    share: torch.Tensor,
-    learning_rate: float,
-    config,
-    signal_number=0,
+    model: Model, encoded, batch: Batch, share: torch.Tensor, learning_rate: float, config, signal_number=0
 ) -> Callable[[], list[float]]:
     """One optimizer step.
 
@@ -405,13 +398,12 @@ def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: 
         declared = model.scheduler.config.prediction_type
         where = bases.schedule_of(config.pretrained_model, run.base, declared)
         check_prediction(model.unet, model.scheduler, rest, found[0], where, run.log)
-    if held_out and not math.isfinite(found[0]):
-        raise Stop(4, f"the validation loss after epoch {epoch} is {found[0]}. {NOTHING_EXPORTED}")
-    if held_out:
-        run.add_validation(state.step, found[0])
     state.history.append(Validated(epoch, *found))
     told = [run.average_loss] if run.average_loss else []  # none before the first epoch, or if a run resumed after one
     if held_out:
+        if not math.isfinite(found[0]):
+            raise Stop(4, f"the validation loss after epoch {epoch} is {found[0]}. {NOTHING_EXPORTED}")
+        run.add_validation(state.step, found[0])
         best = " (best so far)" if state.best == state.history[-1] else ""
         told.append(f"Validation Loss: {found[0]:.4f}{best}")
     if told:

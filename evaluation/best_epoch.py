@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from evaluation.curves import Metrics
 from evaluation.pictures import FEWEST
 from evaluation.score import Evaluation, Score
 from evaluation.share import examples, thumbnail
@@ -13,7 +14,6 @@ from evaluation.verdict import facts_of, verdict
 from lora_layers import save_lora_weights, with_metadata
 from training.checkpoint import LORA_FILES, TrainingState, Validated
 from training.files import describe, discard, read_verified, write_atomic
-from training.folder import learning_rates
 from training.memory import sparingly
 
 CANDIDATE = "epoch-{:03d}"  # its folder
@@ -145,7 +145,8 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     best |= {name: rows[epoch][name] for name in ("val_loss", "score")}
     best |= {"reason": reason, "candidates": list(rows.values())}
     write_atomic(output / "best.json", json.dumps(best, indent=1).encode())
-    facts = facts_of(config, dataset, state, epoch, learning_rates(output), evaluation, scored | {epoch: whole})
+    rates = [rate for _, rate in Metrics(output).points("lr")]
+    facts = facts_of(config, dataset, state, epoch, rates, evaluation, scored | {epoch: whole})
     summary = {"best_epoch": epoch, "best_reason": reason, "verdict": verdict(facts), "still_falling": facts.is_falling}
     summary |= {"score": None, "score_maximum": None, "score_in_words": None}
     if evaluation:

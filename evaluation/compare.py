@@ -12,11 +12,8 @@ def table(evaluation: Evaluation, scored: dict[str, Score]) -> str:
     """A row each for the base, the LoRAs by name and held-out faces: score with interval, the parts' shares."""
     held_out = evaluation.judge_held_out()
     if held_out is None:
-        lines = [
-            TOO_FEW,
-            *(f"{name}: copies of training faces: {len(score.copies())}" for name, score in scored.items()),
-        ]
-        return "\n".join(lines)
+        copies = (f"{name}: copies of training faces: {len(score.copies())}" for name, score in scored.items())
+        return "\n".join([TOO_FEW, *copies])
     rows = {"base alone": evaluation.of_base} | scored | {"held-out faces": held_out}
     width = max(20, *(len(name) + 2 for name in rows))
     parts = POINTS | {name: -of for name, of in COSTS.items()}
@@ -43,7 +40,6 @@ def ranking(scored: dict[str, Score]) -> str:
 
 def write(folder: Path, evaluation: Evaluation, scored: dict[str, Score]) -> None:
     """Write before_after.png, a column for the base and each LoRA, and scores.json into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     columns = {"base alone": evaluation.of_base} | scored
     shown = evaluation.shown()
     rows = [[score.features.pixels[number] for score in columns.values()] for number in shown]

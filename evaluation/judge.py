@@ -32,8 +32,7 @@ class Damage:
 
     def __call__(self, faces: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """Each face damaged in one way. Shape: (n, 3, S, S) twice -> (n, 3, S, S)."""
-        damaged = [self.kinds[self.whole(0, 4)](*pair) for pair in zip(faces, others, strict=True)]
-        return torch.stack(damaged)
+        return torch.stack([self.kinds[self.whole(0, 4)](*pair) for pair in zip(faces, others, strict=True)])
 
     def real(self, low: float, high: float) -> float:
         return low + (high - low) * torch.rand(1, generator=self.generator).item()

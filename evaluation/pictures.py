@@ -1,6 +1,5 @@
 """Pictures: which prompts are drawn, how, and the sheets that show them."""
 
-import io
 import json
 import textwrap
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from evaluation.measures import DEMO_ATTRIBUTES
 from training.base_model import load_vae
 from training.files import write_atomic
 from training.memory import free_memory, sparingly
-from training.pictures import load_image
+from training.pictures import to_bytes
 
 TILE = 176  # pixels a side of one picture in a contact sheet
 SPARING_TILE = 256  # pixels a side of what is decoded at a time when memory is short
@@ -61,8 +60,7 @@ def evaluation_jobs(dataset, config) -> Jobs:
     jobs += [(prompt, config.seed + number, square) for number, prompt in enumerate(prompts)]
     if config.demo:
         prompts = json.loads((DEMO_ATTRIBUTES / "prompts.json").read_text(encoding="utf-8"))
-        some = enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])
-        jobs += [(prompt, config.seed + number, square) for number, prompt in some]
+        jobs += [(text, config.seed + turn, square) for turn, text in enumerate(prompts[:MAX_ATTRIBUTE_PROMPTS])]
     prompts, seeds, shapes = (list(column) for column in zip(*jobs, strict=True))
     return Jobs(prompts, seeds, shapes, [face for face, _ in own], samples)
 
@@ -105,9 +103,8 @@ def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int,
     Shape: of each (H, W, 3), uint8.
     """
     pictures: list = [None] * len(seeds)
-    bar = tqdm(
-        desc="Drawing", total=len(seeds), unit="picture", leave=False, disable=None
-    )  # None: if a terminal sees it
+    # disable=None: a bar if a terminal sees it
+    bar = tqdm(desc="Drawing", total=len(seeds), unit="picture", leave=False, disable=None)
     settings = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
     for height, width in dict.fromkeys(shapes):
         numbers = [number for number, shape in enumerate(shapes) if shape == (height, width)]
@@ -143,8 +140,7 @@ def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: lis
             for column, title in enumerate(titles):
                 draw.text((left + column * TILE + TILE / 2, 18), title, "black", ImageFont.load_default(size=15), "mm")
         for column, picture in ((column, picture) for column, picture in enumerate(row) if picture is not None):
-            tile = Image.fromarray(picture)
-            tile = ImageOps.pad(tile, (TILE - 4, TILE - 4), Image.Resampling.LANCZOS, "lightgrey")
+            tile = ImageOps.pad(Image.fromarray(picture), (TILE - 4, TILE - 4), Image.Resampling.LANCZOS, "lightgrey")
             sheet.paste(tile, (left + column * TILE + 2, top))
         draw.multiline_text((left + 2, top + TILE), "\n".join(lines), "black", font, spacing=2)
     return sheet
@@ -152,15 +148,13 @@ def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: lis
 
 def to_webp(pixels: np.ndarray, most: int = 2048) -> bytes:
     """A picture (H, W, 3), uint8, as a WebP of at most so many pixels a side; a small one loses nothing."""
-    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    picture = Image.fromarray(pixels)
     picture.thumbnail((most, most))
-    picture.save(buffer, "WEBP", lossless=max(picture.size) <= 128, quality=88)
-    return buffer.getvalue()
+    return to_bytes(picture, "WEBP", lossless=max(picture.size) <= 128, quality=88)
 
 
 def write_album(folder: Path, prompts: list[str], drawn) -> None:
     """Write each of the pictures (H, W, 3) as it was drawn, 01.webp, 02.webp ..., and prompts.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     for number, pixels in enumerate(drawn, start=1):
         write_atomic(folder / f"{number:02d}.webp", to_webp(pixels), flush=False)
     content = json.dumps({"prompts": prompts}, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
@@ -169,9 +163,7 @@ def write_album(folder: Path, prompts: list[str], drawn) -> None:
 
 def write_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, to_bytes(picture, "PNG"))
 
 
 def is_sampled(epoch: int, config) -> bool:
@@ -217,7 +209,7 @@ def draw_samples(run, config, model, data, epoch: int, base: Path) -> None:
     with run.signals_act_at_once():
         free_memory(run.device)
         if pictures := sparingly(draw, "drawing samples", run.device, run.log):
-            real = [to_pixels(load_image(*dataset.cut(face))) for face in faces] + [None] * len(config.sample_prompts)
+            real = [to_pixels(dataset.pixels(face)) for face in faces] + [None] * len(config.sample_prompts)
             rows = [[one, *pictures[each * number : each * (number + 1)]] for number, one in enumerate(real)]
             titles = ["real face", f"epoch {epoch}" if epoch else start_of(config), *[""] * (each - 1)]
             rows, titles = (rows, titles) if faces else ([row[1:] for row in rows], titles[1:])

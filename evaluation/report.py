@@ -15,7 +15,7 @@ import numpy as np
 
 from evaluation.curves import Metrics, chart
 from evaluation.pictures import start_of, to_webp
-from training.files import write_atomic
+from training.files import read_object, write_atomic
 from training.folder import REPORT
 from training.layouts import shown
 from training.memory import sparingly
@@ -61,8 +61,8 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
     rows, strengths: of contact_sheet(). warnings: lines about the data set. history: see Metrics; without it, what
     summary.json and metrics.csv have. summary: of a run about to finish; without it, summary.json.
     """
-    about, best, scores = (_read(output / name) for name in ("config.json", "best.json", "scores.json"))
-    summary = _read(output / "summary.json") if summary is None else summary
+    about, best, scores = (read_object(output / name) for name in ("config.json", "best.json", "scores.json"))
+    summary = read_object(output / "summary.json") if summary is None else summary
     best, scores = (best, scores) if summary else ({}, {})  # else of a former end, from which the run goes on
     metrics, album = Metrics(output, history or summary.get("validation", ())), Album()
     grid = Grid(output / "samples", start_of(config))
@@ -109,11 +109,12 @@ def write_comparison(folder: Path, evaluation, scored: dict, runs: dict, sentenc
     rows = [[score.features.pixels[number] for score in columns.values()] for number in numbers]
     pictures = _cards(Album(), rows, list(columns), [evaluation.jobs.prompts[number] for number in numbers])
     runs = {name: run for name, run in runs.items() if run}
-    metrics = {name: Metrics(run, _read(run / "summary.json").get("validation", ())) for name, run in runs.items()}
+    histories = {name: read_object(run / "summary.json").get("validation", ()) for name, run in runs.items()}
+    metrics = {name: Metrics(run, histories[name]) for name, run in runs.items()}
     curves = chart("Validation loss", {name: of.validation for name, of in metrics.items()})
     smooth = {name: of.smooth("w_loss") for name, of in metrics.items()}
     curves += chart("Training loss, mean of the last epoch", smooth)
-    abouts = {name: _read(run / "config.json").get("constants", {}) for name, run in runs.items()}
+    abouts = {name: read_object(run / "config.json").get("constants", {}) for name, run in runs.items()}
     constants = dict.fromkeys(constant for about in abouts.values() for constant in about)
     table = [[constant, *(about.get(constant) for about in abouts.values())] for constant in constants]
     differ = [row for row in table if any(value != row[1] for value in row[1:])]
@@ -121,7 +122,6 @@ def write_comparison(folder: Path, evaluation, scored: dict, runs: dict, sentenc
     page += [_section("The same prompts", pictures)]
     page += [_section("Curves", curves and f'<div class="cards">{curves}</div>\n')]
     page += [_section("Settings that differ", _table(["", *abouts], differ))]
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / COMPARISON, "Comparison", page)
     return folder / COMPARISON
 
@@ -129,15 +129,6 @@ def write_comparison(folder: Path, evaluation, scored: dict, runs: dict, sentenc
 def _write(file: Path, title: str, body) -> None:
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(title=escape(title), body="".join(body))
     write_atomic(file, page.encode("utf-8", "backslashreplace"), flush=False)
-
-
-def _read(file: Path) -> dict:
-    """A JSON object; {} if it isn't there, or is damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _text(value, most: int = MOST_TEXT) -> str:
@@ -193,7 +184,7 @@ class Grid:
             epoch, drawn = prompts.parent.name[6:], {}
             if not epoch.isdigit() or not prompts.parent.with_suffix(".png").is_file():  # not ours, or half drawn
                 continue
-            texts = _read(prompts).get("prompts", [])
+            texts = read_object(prompts).get("prompts", [])
             for number, text in enumerate(texts):
                 file = prompts.with_name(f"{number + 1:02d}.webp")
                 if file.is_file():
@@ -289,9 +280,8 @@ def _settings(about: dict, defaults: dict) -> str:
     """What differs from the constants in train_manga_lora.py, and all; command, versions, seed."""
     constants, defaults = about.get("constants", {}), json.loads(json.dumps(defaults))  # tuples become lists
     differ = [[name, value, defaults.get(name)] for name, value in constants.items() if value != defaults.get(name)]
-    every = (
-        f"<details><summary>all settings</summary>{_table(['', ''], list(map(list, constants.items())))}</details>\n"
-    )
+    every = _table(["", ""], list(map(list, constants.items())))
+    every = f"<details><summary>all settings</summary>{every}</details>\n"
     versions = ", ".join(f"{name} {number}" for name, number in about.get("versions", {}).items())
     told = f"seed {constants.get('seed')}; device {about.get('device')}, precision {about.get('precision')}; {versions}"
     command = f"<pre>{_text(shlex.join(about['command']))}</pre>\n" if about.get("command") else ""

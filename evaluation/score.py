@@ -27,7 +27,6 @@ from training.encoding import encode_faces, folder_identity
 from training.files import InputError, write_atomic
 from training.folder import PICTURES
 from training.lora_files import fit, put_on
-from training.pictures import load_image
 
 MAX_FACES = 250  # training faces that pictures are compared with, and that the judge learns from
 STRENGTHS = (0, 0.4, 0.7, 1, 1.3)  # of the LoRA, in the report
@@ -37,11 +36,6 @@ PLAIN = {"colourfulness": "colour", "ink share": "dark", "bilevel share": "black
 RESAMPLES = 300  # of the bootstrap
 POINTS = {"style": 2, "set distance": 3, "coherence": 3, "adherence": 2}  # 10 in all
 COSTS = {"novelty": 3, "diversity": 3}  # what the base has, too: nothing to be earned, only lost
-
-
-def judged_side(resolution: int) -> int:
-    """Pixels a side that the judge sees: 64 or 128."""
-    return 4 * GRID if resolution >= 4 * GRID else 2 * GRID
 
 
 class References:
@@ -67,14 +61,14 @@ class References:
         self.scales = [math.sqrt(2 * block.var(axis=0).sum()) + 1e-9 for block in measures.layout(own)]
         self.layout = self.layout_of(own)  # (m, D)
         self.among = measures.distances(self.layout, self.layout)  # (m, m)
-        self.side = judged_side(config.resolution)
+        self.side = 4 * GRID if config.resolution >= 4 * GRID else 2 * GRID  # of the pictures that the judge sees
         self.judge = None
         if len(dataset.validation) >= FEWEST:
             self.judge = Judge(*(measures.squashed(some, self.side) for some in (own, self.half_pixels)), config.seed)
 
         # A picture nearer to a face than half of what faces are apart is a copy of it. NaN with fewer than two faces.
         self.names = [dataset.faces[face].name for face in dataset.train]  # of all
-        originals = (pictures.to_pixels(load_image(*dataset.cut(face))) for face in dataset.train)
+        originals = (pictures.to_pixels(dataset.pixels(face)) for face in dataset.train)
         self.all = np.concatenate([self.layout_of([picture]) for picture in originals])  # (all, D)
         apart = measures.distances(self.all[chosen], self.all)
         apart = np.where(apart > EXACT_COPY, apart, np.inf).min(axis=1)
@@ -280,8 +274,7 @@ class Score:
         if not math.isfinite(self.value[name]):
             return "n/a"
         n = len(self.features.texts) if name.startswith("adherence") else self.features.portraits
-        entry = {"value": self.value[name], "interval": self.interval(name), "n": n}
-        return entry | self.points(name)
+        return {"value": self.value[name], "interval": self.interval(name), "n": n} | self.points(name)
 
     def points(self, name: str) -> dict:
         """{points, of}: what a part earns, of what it could; of a cost both are 0 or less."""
@@ -293,11 +286,9 @@ class Score:
 
     def copies(self) -> list[dict]:
         """Pictures that are copies of a training face: {prompt, face, distance}."""
-        own, names, distances = self.features, self.references.names, self.features.nearest_distance
-        return [
-            {"prompt": own.texts[number], "face": names[own.nearest[number]], "distance": float(distances[number])}
-            for number in np.flatnonzero(own.is_copy)
-        ]
+        own, names, away = self.features, self.references.names, self.features.nearest_distance
+        copied = np.flatnonzero(own.is_copy)
+        return [{"prompt": own.texts[n], "face": names[own.nearest[n]], "distance": float(away[n])} for n in copied]
 
     def as_json(self) -> dict:
         """The score with its maximum, every value as an entry, and the copies."""
@@ -410,9 +401,7 @@ class Evaluation:
         captions = [self.jobs.prompts[number] for number in shown]
         return [[row[strength] for strength in STRENGTHS] for row in rows], list(map(str, STRENGTHS)), captions
 
-    def judge_pictures(
-        self, pixels: list[np.ndarray], texts: list[str] | None = None, are_prompts: bool = True
-    ) -> Score:
+    def judge_pictures(self, pixels: list, texts: list[str] | None = None, are_prompts: bool = True) -> Score:
         """Score pictures (H, W, 3), uint8, wherever they come from: of the jobs, or portraits of these texts.
 
         are_prompts: else the texts only tell pictures apart, and adherence is not known.
@@ -450,20 +439,19 @@ class Evaluation:
         """
 
         def pixels_of(face: int) -> np.ndarray:
-            return pictures.to_pixels(load_image(*self.dataset.cut(face)))
+            return pictures.to_pixels(self.dataset.pixels(face))
 
-        rows, base, own = [], self.of_base.features.pixels, lora.features.pixels
+        rows, captions, base, own = [], [], self.of_base.features.pixels, lora.features.pixels
         for number in self.shown():
-            is_own = number < self.jobs.portraits and self.dataset.validation
-            real = pixels_of(self.jobs.faces[number]) if is_own else None
+            prompt, is_portrait = self.jobs.prompts[number], number < self.jobs.portraits
+            real = pixels_of(self.jobs.faces[number]) if is_portrait and self.dataset.validation else None
             nearest = pixels_of(self.dataset.train[lora.features.nearest[number]])
             rows.append([real, base[number], own[number], nearest])
+            captions.append(prompt if is_portrait else pictures.titled(prompt, self.config))
         titles = ["real face", "base", "LoRA", "nearest training face"]
         if all(row[0] is None for row in rows):
             rows, titles = [row[1:] for row in rows], titles[1:]
-        captions = [self.jobs.prompts[number] for number in self.shown()]
-        own = sum(number < self.jobs.portraits for number in self.shown())
-        return rows, titles, captions[:own] + [pictures.titled(prompt, self.config) for prompt in captions[own:]]
+        return rows, titles, captions
 
     def table(self, lora: Score, held_out: Score | None, name: str = "LoRA") -> str:
         """Measures, parts and score of base, LoRA (or whatever has this name) and real faces."""

@@ -5,7 +5,6 @@ README.md, pytorch_lora_weights.safetensors, images/    for the hub: a model car
 """
 
 import base64
-import io
 import json
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from training.bases import single_file
 from training.checkpoint import LORA_FILES
 from training.files import discard, rename_with_retries, temporary_beside, write_atomic
 from training.labels import DEMO, base_name
+from training.pictures import to_bytes
 
 HUB_TAGS = ["text-to-image", "diffusers", "lora", "manga"]
 SD15_TAGS = ["stable-diffusion", "stable-diffusion-diffusers"]  # besides, where they are true
@@ -34,10 +34,9 @@ def thumbnail(drawn: list[tuple[str, np.ndarray]]) -> str | None:
     """The first of examples() as a small JPEG in a data URL, for the file's header."""
     if not drawn:
         return None
-    picture, buffer = Image.fromarray(drawn[0][1]), io.BytesIO()
+    picture = Image.fromarray(drawn[0][1])
     picture.thumbnail((256, 256))
-    picture.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(to_bytes(picture, "JPEG", quality=85)).decode()
 
 
 def _prompt(config) -> str:

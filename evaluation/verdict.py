@@ -142,7 +142,7 @@ def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=
     done = np.concatenate([[0.0], np.cumsum(rates)])
     known = [row for row in state.history if row.loss is not None]
     losses = [(done[min(row.epoch * state.steps_per_epoch, len(rates))], row.loss) for row in known]
-    faces = {index: dataset.faces[index] for index in (*dataset.train, *dataset.validation)}
+    captions = {caption for face in dataset.faces for caption in face.captions}
     facts = {
         "learning_rate": config.learning_rate,
         "epochs": state.epoch,
@@ -152,7 +152,7 @@ def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=
         "losses": (state.start_loss, state.best.loss) if state.best else None,
         "start": start_of(config),
         "is_falling": len(losses) > 2 and is_falling(losses),
-        "same_captions": len({caption for face in faces.values() for caption in face.captions}) == 1 < len(faces),
+        "same_captions": len(captions) == 1 < len(dataset.faces),
     }
     if evaluation:
         own, base = scored[epoch], evaluation.of_base

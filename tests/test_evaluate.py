@@ -505,7 +505,7 @@ def test_a_planted_copy_and_a_mirrored_one_are_named_and_nothing_else_is(ink, tr
     finished, references = trained("finished"), ink.references
     assert finished.copies() == []
     pixels, faces = list(finished.features.pixels), ink.dataset.train
-    originals = [pictures.to_pixels(load_image(*ink.dataset.cut(faces[number]))) for number in (17, 42)]
+    originals = [pictures.to_pixels(ink.dataset.pixels(faces[number])) for number in (17, 42)]
     pixels[3], pixels[5] = originals[0], np.asarray(ImageOps.mirror(Image.fromarray(originals[1])))
     copied = ink.judge_pictures(pixels)
     assert {copy["face"] for copy in copied.copies()} == {references.names[17], references.names[42]}

@@ -399,7 +399,8 @@ def test_dataset_dir_edited_in_the_script_moves_json_file_along_as_the_flag_does
     def json_file(words: list[str], **edited) -> str:
         fields = [(name, str, dataclasses.field(default=value)) for name, value in edited.items()]
         kind = dataclasses.make_dataclass("Edited", fields, bases=(script.TrainingConfig,), frozen=True)
-        return arguments.parse_arguments(words, kind, script.__file__, script.DEMO).json_file
+        given = vars(arguments.flag_parser(kind, script.__file__).parse_args(words))
+        return arguments.with_flags(kind(), given, script.DEMO).json_file
 
     name = "modified_face_250.json"
     assert json_file([], dataset_dir="mine") == str(Path("mine", name))

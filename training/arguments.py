@@ -61,14 +61,6 @@ def with_flags(config, given: dict, demo: dict):
     return dataclasses.replace(config, **(edited | (demo if given.get("demo", config.demo) else {}) | given))
 
 
-def parse_arguments(arguments: list[str], constants: type, script: str, demo: dict):
-    """Flags over `demo` (if --demo is among them) over the defaults of the dataclass `constants` in `script`.
-
-    Raises Stop(2): a flag is unknown or misspelt, or its value has the wrong type; names it.
-    """
-    return with_flags(constants(), vars(flag_parser(constants, script).parse_args(arguments)), demo)
-
-
 def check_config(config) -> None:
     """All that can be known of a TrainingConfig before torch is imported.
 
@@ -124,11 +116,12 @@ def check_config(config) -> None:
         command = "python train_manga_lora.py --demo"
         raise Stop(2, f"dataset_dir={config.dataset_dir!r} is not a folder: {remedy}: {command}")
     named, shipped = Path(config.json_file).name, Path(SHIPPED_JSON).name
-    is_there = Path(config.json_file).is_file() or Path(config.dataset_dir, named).is_file()
-    may_hold = is_there or may_hold_captions(config.dataset_dir)
-    if not is_there and may_hold and named != shipped:  # asked for, so nothing else will do
-        other = f"or to {str(Path(config.dataset_dir, shipped))!r} for what is there"
-        raise Stop(2, f"json_file={config.json_file!r} is not a file: set json_file to your captions, {other}")
-    if not may_hold:
+    if Path(config.json_file).is_file() or Path(config.dataset_dir, named).is_file():
+        return
+    where = f"json_file={config.json_file!r} is not a file"
+    if not may_hold_captions(config.dataset_dir):
         none = f"{config.dataset_dir} holds no image.txt, metadata.jsonl or 10_name folder either"
-        raise Stop(2, f"json_file={config.json_file!r} is not a file, and {none}: set json_file to your captions")
+        raise Stop(2, f"{where}, and {none}: set json_file to your captions")
+    if named != shipped:  # asked for, so nothing else will do
+        other = f"or to {str(Path(config.dataset_dir, shipped))!r} for what is there"
+        raise Stop(2, f"{where}: set json_file to your captions, {other}")

@@ -98,25 +98,22 @@ def single_file(pretrained_model: str) -> Path | None:
     Raises BaseModelError: it isn't there, or the folder holds several.
     """
     path, wanted = Path(pretrained_model), f"pretrained_model={pretrained_model!r}"
-    in_pieces = f"{wanted} is one model in pieces: get it in one file, or as a diffusers folder"
     if path.is_file() and path.suffix.lower() not in SINGLE:
         kinds = f"{' or '.join(SINGLE)} file, a diffusers folder or a hub id"
         raise BaseModelError(f"{wanted} is a {path.suffix or 'nameless'} file: a base is a {kinds}")
+    files = []
     if path.suffix.lower() in SINGLE and not path.is_dir():
         if not path.is_file():
             raise BaseModelError(f"{wanted} is not there: correct the path")
-        if PIECE.search(path.stem):
-            raise BaseModelError(in_pieces)
-        return path
-    if path.is_dir() and not (path / "unet").is_dir() and not (path / "model_index.json").is_file():
+        files = [path]
+    elif path.is_dir() and not (path / "unet").is_dir() and not (path / "model_index.json").is_file():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SINGLE)
-        if any(PIECE.search(file.stem) for file in files):
-            raise BaseModelError(in_pieces)
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
-            raise BaseModelError(f"{wanted} holds {len(files)} checkpoints ({names}): name one of them")
-        return files[0] if files else None
-    return None
+    if any(PIECE.search(file.stem) for file in files):
+        raise BaseModelError(f"{wanted} is one model in pieces: get it in one file, or as a diffusers folder")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
+        raise BaseModelError(f"{wanted} holds {len(files)} checkpoints ({names}): name one of them")
+    return files[0] if files else None
 
 
 def about(pretrained_model: str) -> str:
@@ -165,9 +162,8 @@ def _fetch(name: str, patterns: list[str]) -> Path:
 
 def _missing(folder: Path) -> list[str]:
     """What a folder lacks of the small files that a conversion needs."""
-    vocabulary = ["tokenizer/vocab.json", "tokenizer/merges.txt"]
-    if (folder / "tokenizer" / "tokenizer.json").is_file():
-        vocabulary = []
+    is_whole = (folder / "tokenizer" / "tokenizer.json").is_file()  # which holds what is in these two
+    vocabulary = [] if is_whole else ["tokenizer/vocab.json", "tokenizer/merges.txt"]
     return [file for file in ["model_index.json", *CONFIGS, *vocabulary] if not (folder / file).is_file()]
 
 
@@ -187,7 +183,8 @@ def _sd15_configs(wanted: str) -> Path:
 # What can be trained ---------------------------------------------------------------------------------------------
 
 
-def _number(folder: Path, file: str, name: str, default=None) -> int:
+def whole_number(folder: Path, file: str, name: str, default=None) -> int:
+    """From a config of the base. Raises BaseModelError: it isn't above 0."""
     value = read_config(folder / file).get(name, default)
     if type(value) is not int or value < 1:
         raise BaseModelError(f"the base's {folder / file} has {name}={value!r}: get the base again")
@@ -207,7 +204,8 @@ def _check_configs(folder: Path, wanted: str) -> None:
     """Raises BaseModelError: these are not the configs of a base of SD 1.5's kind, whole and of one piece."""
     file, limit = CONFIGS[0], "tokenizer/tokenizer_config.json"
     if (folder / file).is_file():
-        width, channels = _number(folder, file, "cross_attention_dim", 1280), _number(folder, file, "in_channels", 4)
+        width = whole_number(folder, file, "cross_attention_dim", 1280)
+        channels = whole_number(folder, file, "in_channels", 4)
         if kind := _kind(width, channels):
             raise BaseModelError(f"{wanted} is {kind}: {NEEDED}")
     for lacking in CONFIGS:
@@ -218,12 +216,12 @@ def _check_configs(folder: Path, wanted: str) -> None:
             raise BaseModelError(f"{wanted} is no diffusers folder{of}: it lacks {Path(lacking)}; {NEEDED}")
         read_config(folder / lacking)
     resolution_unit(folder)
-    text, encoder = _number(folder, CONFIGS[2], "hidden_size", 512), Path("text_encoder")
+    text, encoder = whole_number(folder, CONFIGS[2], "hidden_size", 512), Path("text_encoder")
     if text != width:
         why = f"{encoder} makes texts {text} wide, and its UNet reads them {width} wide"
         raise BaseModelError(f"{wanted} has parts of two models: {why}: get the base again")
     tokens, room = read_config(folder / limit).get("model_max_length"), 77
-    room = _number(folder, CONFIGS[2], "max_position_embeddings", room)
+    room = whole_number(folder, CONFIGS[2], "max_position_embeddings", room)
     if type(tokens) is not int or not 3 <= tokens <= room:
         why = f"so texts would overrun its text encoder: set it to {room}, or get the base again"
         raise BaseModelError(f"the base's {folder / limit} has model_max_length={tokens!r}, {why}")
@@ -254,7 +252,7 @@ def check_fits(config, base: Path | None) -> None:
         near = max(2, round(resolution / unit)) * unit
         rule = f"a multiple of {unit}, at least {2 * unit}, for this base"
         raise BaseModelError(f"resolution={resolution} must be {rule} (try {near})")
-    layers = _number(base, CONFIGS[2], "num_hidden_layers", 12) if base else 12
+    layers = whole_number(base, CONFIGS[2], "num_hidden_layers", 12) if base else 12
     if config.clip_skip > layers:
         why = f"must be at most {layers}, the layers of this base's text encoder"
         raise BaseModelError(f"clip_skip={config.clip_skip} {why}")
@@ -326,12 +324,10 @@ def _header(file: Path, what: str) -> dict[str, tuple[tuple, str]]:
     if is_pickle:
         if not isinstance(content, dict):
             raise BaseModelError(f"{what} holds a {type(content).__name__}, but no weights by name: get the base again")
-        tensors = {
-            str(name): (tuple(value.shape), str(value.dtype).removeprefix("torch."))
-            if torch.is_tensor(value)
-            else ((), "")
-            for name, value in content.items()
-        }
+        tensors = {str(name): ((), "") for name in content}
+        for name, value in content.items():
+            if torch.is_tensor(value):
+                tensors[str(name)] = (tuple(value.shape), str(value.dtype).removeprefix("torch."))
     for name, (_, kind) in tensors.items():
         if name.endswith(("weight", "bias")) and kind and not re.fullmatch("b?f(loat)?(16|32|64)", kind):
             kind = "fp8" if "f8" in kind or "float8" in kind else kind
@@ -410,11 +406,10 @@ def _convert(file: Path, configs: Path, cache_dir: Path, log) -> Path:
     tensors = _header(file, str(file))
     kind = tensors[f"{UNET}input_blocks.0.0.weight"][1]
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(kind, getattr(torch, kind, torch.float32))
-    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    options |= {"config": str(configs), "local_files_only": True, "torch_dtype": dtype}
     try:
-        pipe = StableDiffusionPipeline.from_single_file(
-            str(file), config=str(configs), local_files_only=True, torch_dtype=dtype, **parts
-        )
+        pipe = StableDiffusionPipeline.from_single_file(str(file), **options)
     except Exception as error:  # whatever it stumbles over
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise

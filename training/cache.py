@@ -20,6 +20,7 @@ from training.files import InputError, Stop
 
 BLOCK, HEADER = 4096, 512  # bytes
 DTYPES = ("float32", "float16", "bfloat16")
+ALONE = (0, 1, lambda: None)  # a process: its number, how many there are, what lets them wait for each other
 MAX_OPEN = 64  # files; macOS lets a process have 256
 
 
@@ -31,7 +32,7 @@ class Cache:
         process: (rank, number of processes, barrier): each process makes its share of what is missing.
     """
 
-    def __init__(self, folder: Path, process: tuple[int, int, Callable] = (0, 1, lambda: None)):
+    def __init__(self, folder: Path, process: tuple[int, int, Callable] = ALONE):
         self.folder, self.process = folder, process
         self.places: dict[str, list[tuple[Path, int, dict]]] = {}  # by key: file, first byte, header
         self.ends: dict[Path, int] = {}  # how far each file was looked through

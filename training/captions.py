@@ -71,9 +71,7 @@ def shuffles(captions: tuple[str, ...], keep: int, seed: str) -> list[str]:
     return list(variants)[len(dict.fromkeys(captions)) :]
 
 
-def packs(
-    captions: tuple[str, ...], count_tokens: Callable[[list[str]], list[int]], limit: int, prefix: str = ""
-) -> list[str]:
+def packs(captions: tuple[str, ...], count_tokens: Callable, limit: int, prefix: str = "") -> list[str]:
     """As many whole captions as `limit` tokens hold, starting from each caption in turn and going round.
 
     A caption that doesn't fit any more is passed over for a later one that does. A pack of one is the caption itself,

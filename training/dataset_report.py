@@ -5,7 +5,6 @@ One file that fetches nothing. Captions and names are foreign text: all of it is
 
 import base64
 import contextlib
-import io
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from training.bases import Unreachable, find_configs
 from training.files import write_atomic
 from training.folder import PAGE
 from training.layouts import shown, some_of
+from training.pictures import to_bytes
 
 FEW_FACES, FEW_STEPS, ENOUGH_STEPS = 20, 200, 1000
 USUAL_RATES = (1e-6, 5e-4)  # of a LoRA on Stable Diffusion 1.5
@@ -34,16 +34,6 @@ MOST_BYTES = 20 * 10**6
 MOST_TEXT = 20_000  # characters of a face's captions
 TEMPLATE = Path(__file__).with_suffix(".html")
 MEASURED = Path(__file__).resolve().parent.parent / "bench" / "results"
-ORDERS = {
-    "warnings -1": "warnings first",
-    "weight -1": "heaviest first",
-    "weight 1": "lightest first",
-    "terms 1": "strongest term",
-    "captions -1": "longest captions first",
-    "lost -1": "most of its captions not read",
-    "name 1": "name",
-    "shape 1": "shape, tall to wide",
-}
 
 
 # What may go wrong ---------------------------------------------------------------------------------------------
@@ -57,14 +47,13 @@ def dataset_warnings(dataset: MangaFaceDataset, config, steps: int) -> list[tupl
     faces = dataset.faces
     found = [(text, []) for text in _of_the_whole(dataset, config, steps)]
     is_coloured = [face.colour > MUCH_COLOUR for face in faces]
+    are_ink = 2 * sum(is_coloured) <= len(faces)
     about_faces = {
-        "In colour among ink drawings": [True] * len(faces) if 2 * sum(is_coloured) > len(faces) else is_coloured,
+        "In colour among ink drawings": is_coloured if are_ink else [],
         "Smaller than half the resolution": [4 * face.pixels < math.prod(face.shape) for face in faces],
         "Is a head cut? There is ink at a cut edge": [face.ink_cut > MUCH_INK for face in faces],
         "Panel frame cut away": [face.frame != (0, 0, *face.size) for face in faces],
     }
-    if all(about_faces["In colour among ink drawings"]):  # most are coloured: no ink data set
-        del about_faces["In colour among ink drawings"]
     for text, has_it in about_faces.items():
         if named := [index for index, true in enumerate(has_it) if true]:
             found.append((f"{text}: {some_of([faces[index].name for index in named])}", named))
@@ -85,17 +74,12 @@ def _of_the_whole(dataset: MangaFaceDataset, config, steps: int) -> list[str]:
     if not config.demo and not USUAL_RATES[0] <= config.learning_rate <= USUAL_RATES[1]:
         low, high = USUAL_RATES
         found.append(f"learning_rate={config.learning_rate:g} is far from usual ({low:g} to {high:g})")
-    trouble = _base_trouble(config.pretrained_model) if config.dry_run else ""  # a run doesn't start without it
-    return [*found, trouble] if trouble else found
-
-
-def _base_trouble(pretrained_model: str) -> str:
-    """Why the base was not checked, which a dry run can do without; "" if it was."""
     try:
-        find_configs(pretrained_model)
+        if config.dry_run:  # which can do without a base; a run doesn't start without it
+            find_configs(config.pretrained_model)
     except Unreachable as error:
-        return f"The base was NOT checked, and no text's length is known: {error}"
-    return ""
+        found.append(f"The base was NOT checked, and no text's length is known: {error}")
+    return found
 
 
 def _expected(config, steps: int) -> str:
@@ -122,7 +106,6 @@ def write_dataset_report(dataset: MangaFaceDataset, tokenizer, config, steps: in
     made = [path for path in (output, *output.parents) if not path.exists()]
     try:
         page = dataset_page(dataset, tokenizer, config, steps).encode("utf-8", "backslashreplace")
-        output.mkdir(parents=True, exist_ok=True)
         write_atomic(output / PAGE, page)
     except OSError as error:
         for path in made:
@@ -144,11 +127,8 @@ def dataset_page(dataset: MangaFaceDataset, tokenizer, config, steps: int) -> st
     for index, face in enumerate(faces):
         of_face[index] += [face.remark] if face.remark else []
         of_face[index] += [f"{face.cut:.0%} of a side cut to fit"] if face.cut > MUCH_CUT else []
-        of_face[index] += (
-            ["A caption is too long to be read to its end"]
-            if any(dataset.prefix + text in lost for text in face.captions)
-            else []
-        )
+        if any(dataset.prefix + text in lost for text in face.captions):
+            of_face[index].append("A caption is too long to be read to its end")
     by_weight = sorted(of_face, key=lambda index: -weights.get(index, 0))
     chosen = sorted(by_weight, key=lambda index: -len(of_face[index]))
     if len(faces) > MOST_FACES:
@@ -168,10 +148,11 @@ def dataset_page(dataset: MangaFaceDataset, tokenizer, config, steps: int) -> st
             break
         cards.append(card)
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(top=_top(dataset, warnings, steps, len(cards)), cards="".join(cards))
+    return template.substitute(_top(dataset, warnings, steps, len(cards)), cards="".join(cards))
 
 
-def _top(dataset: MangaFaceDataset, warnings: list[tuple[str, list[int]]], steps: int, cards: int) -> str:
+def _top(dataset: MangaFaceDataset, warnings: list[tuple[str, list[int]]], steps: int, cards: int) -> dict:
+    """What stands above the faces, for the template."""
     faces = len(dataset.faces)
     about = f"{faces} faces: {len(dataset.train)} to train on, {len(dataset.validation)} held out. {steps:,} steps."
     about += f" Weights {dataset.weights.min():.2f} to {dataset.weights.max():.2f}: effective sample size "
@@ -182,13 +163,8 @@ def _top(dataset: MangaFaceDataset, warnings: list[tuple[str, list[int]]], steps
     skipped = "".join(f"<li>{escape(line[:300])}</li>\n" for line in dataset.skipped[:200])
     if skipped:
         skipped = f"<details><summary>Skipped: {len(dataset.skipped)}</summary><ul>{skipped}</ul></details>\n"
-    options = "".join(f'<option value="{value}">{label}</option>' for value, label in ORDERS.items())
-    return (
-        f"<h1>What the network will see</h1>\n<p>{escape(about)}</p>\n"
-        f'<p class="soft">{escape(shown(dataset.dataset_dir.resolve().name))}: {escape(dataset.layout.title)}</p>\n'
-        f"<h2>Before you train</h2>\n<ul>\n{lines}</ul>\n{skipped}"
-        f'<nav><label>Sort by <select id="order" autocomplete="off">{options}</select></label></nav>\n'
-    )
+    layout = f"{escape(shown(dataset.dataset_dir.resolve().name))}: {escape(dataset.layout.title)}"
+    return {"about": escape(about), "layout": layout, "warnings": lines, "skipped": skipped}
 
 
 def _card(dataset: MangaFaceDataset, index: int, picture: str, weight, warnings: list[str], lost: dict) -> str:
@@ -260,8 +236,6 @@ def _picture(dataset: MangaFaceDataset, index: int) -> str:
         return '<p class="alert">can\'t be read any more</p>\n'
     image = Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
     kind, look = ("jpeg", "") if max(shape) > THUMBNAIL // 2 else ("png", ' class="small"')
-    file = io.BytesIO()
-    image.save(file, kind, quality=82)
     width, height = (round(THUMBNAIL * side / max(image.size)) for side in image.size)
-    data = base64.b64encode(file.getvalue()).decode()
+    data = base64.b64encode(to_bytes(image, kind, quality=82)).decode()
     return f'<img{look} alt="" width="{width}" height="{height}" src="data:image/{kind};base64,{data}">\n'

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dataset import MangaFaceDataset
 from training.bases import BaseModelError
 from training.encoding import EncodedDataset, send
 from training.memory import free_memory, is_out_of_memory
@@ -61,13 +60,7 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def draw_batch(
-    dataset: MangaFaceDataset,
-    positions,
-    seed: int,
-    step: int,
-    latent_shape: tuple | list[tuple],
-    num_timesteps: int,
-    dropout: float,
+    dataset, positions, seed: int, step: int, latent_shape: tuple | list[tuple], num_timesteps: int, dropout: float
 ) -> Batch:
     """Draw captions, timesteps and noise for the training faces at `positions`, from (seed, step) alone.
 
@@ -112,23 +105,14 @@ def denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise
     return (prediction.to(precise) - target.to(precise)).square().mean(dim=(1, 2, 3))
 
 
-def share_of_loss(
-    unet, scheduler, latents, text_embeddings, timesteps, noise, loss_weights, count: int
-) -> torch.Tensor:
+def share_of_loss(unet, scheduler, latents, text_embeddings, timesteps, noise, loss_weights, count) -> torch.Tensor:
     """What b images add to the loss of their batch of `count`: the sum of weight x denoising loss, over count."""
     losses = denoising_losses(unet, scheduler, latents, text_embeddings, timesteps, noise)
     return (losses * loss_weights).sum() / count
 
 
 def accumulate_gradients(
-    unet,
-    scheduler,
-    encoded: EncodedDataset,
-    batch: Batch,
-    share: torch.Tensor,
-    micro_batch: int,
-    scaler,
-    graphed: Callable | None = None,
+    unet, scheduler, encoded: EncodedDataset, batch: Batch, share: torch.Tensor, micro_batch: int, scaler, graphed=None
 ) -> torch.Tensor:
     """Add to .grad the gradient of this process's share of the batch's loss; returns that share of the loss.
 
@@ -200,14 +184,7 @@ def one_late(results: Iterable, device: torch.device) -> Iterator:
 
 @torch.no_grad()
 def validate(
-    unet,
-    scheduler,
-    dataset: MangaFaceDataset,
-    encoded: EncodedDataset,
-    seed: int,
-    process: tuple[int, int] = (0, 1),
-    is_stopping: Callable[[], bool] = lambda: False,
-    faces: list[int] | None = None,
+    unet, scheduler, dataset, encoded: EncodedDataset, seed: int, process=(0, 1), is_stopping=lambda: False, faces=None
 ) -> tuple[float, float] | None:
     """(mean, its standard error) of the denoising loss over the held-out faces, the same noise every time.
 
@@ -289,6 +266,5 @@ def check_prediction(unet, scheduler, rest: tuple, loss: float | None, where: st
     found = [validate(network, another, *rest) for network in (unet, zero)]
     if all(found) and (share := found[0][0] / found[1][0]) < min(BAD_LOSS, loss / guess[0] / 2):
         why = f"the base predicts something else than it says (error {loss / guess[0]:.0%}, with the other {share:.0%})"
-        remedy = f'"prediction_type": "{other}" instead of "{declared}"'
-        raise BaseModelError(f"{why}: in {where} set {remedy}")
+        raise BaseModelError(f'{why}: in {where} set "prediction_type": "{other}" instead of "{declared}"')
     log(f"This base hardly predicts these faces (error {loss / guess[0]:.0%}): is it whole, and the right one?")

@@ -15,7 +15,8 @@ import torch
 
 from dataset import MangaFaceDataset
 from training.base_model import load_text_encoder, load_vae
-from training.cache import Cache, record_bytes
+from training.bases import read_config, whole_number
+from training.cache import ALONE, Cache, record_bytes
 from training.files import InputError, Stop, sha256_of
 from training.memory import free_memory
 from training.run import tune_for
@@ -106,17 +107,12 @@ def cache_room(dataset: MangaFaceDataset, config, configs: Path, dtype: torch.dt
     configs: folder of the base's configs. What lies in the cache already is taken for a part of it; whether it is,
     and whether the rest fits, is found out when it is filled.
 
-    Raises Stop(3): the disk can't hold them; not in a dry run.
+    Raises Stop(3): the disk can't hold them; not in a dry run. BaseModelError: the VAE's config is damaged.
     """
-    vae, text_encoder = (
-        json.loads((configs / part / "config.json").read_text(encoding="utf-8")) for part in ("vae", "text_encoder")
-    )
-    channels, width = vae.get("latent_channels", 4), text_encoder.get("hidden_size", 768)
-    if not all(type(number) is int for number in (channels, width)):  # a damaged base, refused when it is loaded
-        channels, width = 4, 768
-    pixels = 4 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)  # of a latent one
+    channels = whole_number(configs, "vae/config.json", "latent_channels", 4)
+    pixels = 4 ** (len(read_config(configs / "vae/config.json")["block_out_channels"]) - 1)  # of a latent one
     of_faces = [2 * channels * 4 * math.prod(face.shape) // pixels for face in dataset.faces]
-    of_a_text = 77 * width * dtype.itemsize
+    of_a_text = 77 * whole_number(configs, "text_encoder/config.json", "hidden_size", 768) * dtype.itemsize
     texts = len({*dataset.texts, *config.sample_prompts})
     needed = sum(map(record_bytes, of_faces)) + texts * record_bytes(of_a_text)
     folder = Path(config.cache_dir)
@@ -132,18 +128,12 @@ def folder_identity(folder: Path) -> str:
     """Hash of a model folder's config and weights: another VAE under the same name is another VAE."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 
 def encode_faces(
-    dataset: MangaFaceDataset,
-    cache_dir: str | Path,
-    vae_identity: str,
-    load_vae: Callable,
-    process: tuple[int, int, Callable] = (0, 1, lambda: None),
+    dataset: MangaFaceDataset, cache_dir: str | Path, identity: str, load: Callable, process: tuple = ALONE
 ) -> Encoded:
     """Latent mean and standard deviation of every face, from the cache where their content was encoded before.
 
@@ -152,7 +142,8 @@ def encode_faces(
     interrupted encoding goes on where it stopped and ends with the same bits.
 
     Args:
-        load_vae: called only if a face is missing; returns an AutoencoderKL (float32: SD1.5's VAE overflows in
+        identity: of the VAE: see folder_identity().
+        load: called only if a face is missing; returns an AutoencoderKL (float32: SD1.5's VAE overflows in
             float16 on some images).
         process: (rank, number of processes, barrier): each process encodes its share of what is missing.
 
@@ -162,10 +153,10 @@ def encode_faces(
         InputError: a face encodes to a non-finite latent.
         Stop(3): the disk can't hold them.
     """
-    keys = [_key("latents", vae_identity, face.box, face.shape, face.sha256) for face in dataset.faces]
+    keys = [_key("latents", identity, face.box, face.shape, face.sha256) for face in dataset.faces]
 
     def make(missing: list[int]):
-        vae = load_vae()
+        vae = load()
         for index in missing:
             face = dataset.faces[index]
             if sha256_of(face.path) != face.sha256:
@@ -182,17 +173,13 @@ def encode_faces(
 
 
 def encode_texts(
-    texts: list[str],
-    cache_dir: str | Path,
-    text_encoder_identity: str,
-    load_text_encoder: Callable,
-    dtype: torch.dtype = torch.float32,
-    process: tuple[int, int, Callable] = (0, 1, lambda: None),
+    texts: list[str], cache_dir: str | Path, identity: str, load: Callable, dtype=torch.float32, process: tuple = ALONE
 ) -> Encoded:
     """Embeddings of `texts`; keyed and cached as `encode_faces` does.
 
     Args:
-        load_text_encoder: called only if a text is new; returns (tokenizer, text encoder).
+        identity: of text encoder and tokenizer: see folder_identity().
+        load: called only if a text is new; returns (tokenizer, text encoder).
         dtype: the precision they are kept in: that of the UNet.
 
     Shape: of each text (T, D).
@@ -202,10 +189,10 @@ def encode_texts(
         Stop(3): the disk can't hold them.
     """
     different = list(dict.fromkeys(texts))  # a prompt may be a caption, too
-    keys = {text: _key("texts", text_encoder_identity, str(dtype), text) for text in different}
+    keys = {text: _key("texts", identity, str(dtype), text) for text in different}
 
     def make(missing: list[int]):
-        tokenizer, text_encoder = load_text_encoder()
+        tokenizer, text_encoder = load()
         for start in range(0, len(missing), TEXT_BATCH):
             chunk = [different[index] for index in missing[start : start + TEXT_BATCH]]
             embeddings = encode_text(tokenizer, text_encoder, chunk).to(dtype)

@@ -5,6 +5,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -56,11 +57,13 @@ def temporary_beside(path: Path):
 
 
 def write_atomic(path: Path, content: bytes, check=None, flush: bool = True) -> None:
-    """Write a file under its final name only once all of it is on the disk, and check(temporary) raised nothing.
+    """Write a file, in a folder that is made if need be, under its final name only once all of it is on the disk and
+    check(temporary) raised nothing.
 
     flush=False is faster, and enough for a file whose reader notices that a power failure tore it.
     Raises OSError: the disk is full or the folder can't be written; `path` is then as it was.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_beside(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -70,6 +73,15 @@ def write_atomic(path: Path, content: bytes, check=None, flush: bool = True) -> 
         if check:
             check(temporary)
         rename_with_retries(temporary, path)
+
+
+def read_object(file: Path) -> dict:
+    """A JSON object; {} if the file isn't there, is damaged, or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def describe(content: bytes) -> dict:

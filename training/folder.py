@@ -14,26 +14,17 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from training.checkpoint import LORA_FILES, CheckpointError
-from training.files import TEMPORARY, Stop, write_atomic
+from training.files import TEMPORARY, Stop, read_object, write_atomic
 from training.layouts import some_of
 
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
 REPORT = "report.html"  # see evaluation/report.py
 PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
 PICTURES = "pictures"  # that were scored
+# What --overwrite deletes
 PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
-PRODUCTS += (
-    REPORT,
-    "samples",
-    PICTURES,
-    "checkpoints",
-    "last",
-    "candidates",
-    "tensorboard",
-    "share",
-    "share.old",
-    PAGE,
-)  # --overwrite deletes all
+PRODUCTS += (REPORT, "samples", PICTURES, "checkpoints", "last", "candidates", "tensorboard")
+PRODUCTS += ("share", "share.old", PAGE)
 # After the end of a run these, if changed, go on from it, or export it anew
 GO_ON = {"num_train_epochs", "early_stopping_patience", "lora_name", "private_captions"}
 ABOUT = ("data", "processes", "precision", "start")  # in config.json besides the constants; start: of start_from
@@ -52,16 +43,13 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
         raise CheckpointError(f"{where} is a file: choose another output_dir")
     if not output.exists() or all(_is_leftover(path.name) or path.name == PAGE for path in output.iterdir()):
         return "new"
-    try:
-        before = json.loads((output / "config.json").read_text(encoding="utf-8"))
-        faces, about = before.get("faces"), {name: before.get(name) for name in ABOUT}
-        before = former | dict(before["constants"]) | about
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        why = "is not empty and holds no run of this program"
-        raise CheckpointError(f"{where} {why}: choose another output_dir") from None
-    made = ("summary.json", *LORA_FILES)
+    before = read_object(output / "config.json")
+    if not isinstance(before.get("constants"), dict):
+        raise CheckpointError(f"{where} is not empty and holds no run of this program: choose another output_dir")
+    faces = before.get("faces")
+    before = former | before["constants"] | {name: before.get(name) for name in ABOUT}
     saved = any((output / "checkpoints").glob("step-*"))  # damaged ones too: a run is never started over silently
-    if overwrite or not (saved or any((output / name).is_file() for name in made)):
+    if overwrite or not (saved or any((output / name).is_file() for name in ("summary.json", *LORA_FILES))):
         return "new"  # a start that never got as far as a checkpoint holds nothing to lose
     now = json.loads(json.dumps(run["constants"] | {name: run[name] for name in ABOUT}))  # tuples become lists
     changed = {name: value for name, value in now.items() if value != before.get(name)}
@@ -72,7 +60,9 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
             differing["data"] = _changed_faces(faces, run["faces"])
             remedy += f"; --start_from {output / 'last' / LORA_FILES[1]} in another output_dir goes on with these faces"
         raise CheckpointError(f"{where} holds another run ({'; '.join(differing.values())}): {remedy}")
-    return "resume" if changed.keys() & GO_ON or not _is_finished(output) else "finished"
+    # If the end's files aren't all there, a resume makes them again from the last checkpoint
+    is_finished = read_object(output / "summary.json") and all((output / name).is_file() for name in LORA_FILES)
+    return "finished" if is_finished and not changed.keys() & GO_ON else "resume"
 
 
 def _changed_faces(before: dict[str, str], now: dict[str, str]) -> str:
@@ -82,15 +72,6 @@ def _changed_faces(before: dict[str, str], now: dict[str, str]) -> str:
     names = {"new": now.keys() - both, "gone": before.keys() - both, "changed": changed}
     told = ", ".join(f"{what}: {some_of(sorted(found))}" for what, found in names.items() if found)
     return f"faces {told or 'in another order'}"
-
-
-def _is_finished(output: Path) -> bool:
-    """Whether the end's files are there; if not, a resume makes them again from the last checkpoint."""
-    try:
-        summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(summary, dict) and all((output / name).is_file() for name in LORA_FILES)
 
 
 def start_folder(output: Path, run: dict, step: int, action: str, epoch: int = 0) -> None:
@@ -107,7 +88,6 @@ def start_folder(output: Path, run: dict, step: int, action: str, epoch: int = 0
             shutil.rmtree(path)
         elif name not in kept:
             path.unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "config.json", json.dumps(run, indent=1).encode())
     (output / "samples").mkdir(exist_ok=True)
     for drawn in (output / "samples").glob("epoch-*"):  # after a checkpoint that was lost
@@ -140,11 +120,6 @@ def read_rows(output: Path) -> list[list[str]]:
         return []
     rows = [line.split(",") for line in text.splitlines()]
     return [row for row in rows if len(row) == len(METRICS) and re.fullmatch("[0-9]{1,9}", row[1])]
-
-
-def learning_rates(output: Path) -> list[float]:
-    """Of each step so far."""
-    return [float(row[METRICS.index("lr")]) for row in read_rows(output)]
 
 
 def _write_rows(output: Path, rows: list[list[str]]) -> None:

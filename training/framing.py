@@ -4,6 +4,7 @@ Boxes are (left, top, right, bottom) in pixels of the upright picture.
 """
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -88,13 +89,8 @@ def bucket_shapes(resolution: int, unit: int) -> list[tuple[int, int]]:
     Their sides are multiples of `unit`, at least two of them, and at most LONGEST : 1.
     """
     sides = [unit * number for number in range(2, 2 * resolution // unit + 1)]
-    others = {
-        (height, width)
-        for height in sides
-        for width in sides
-        if LEAST_AREA <= height * width / resolution**2 <= MOST_AREA
-        and max(height, width) <= LONGEST * min(height, width)
-    }
+    shapes = [shape for shape in itertools.product(sides, sides) if max(shape) <= LONGEST * min(shape)]
+    others = {shape for shape in shapes if LEAST_AREA <= math.prod(shape) / resolution**2 <= MOST_AREA}
     return sorted(others | {(resolution, resolution)})
 
 
@@ -127,9 +123,7 @@ def ink_of(grey: Image.Image, frame: tuple[int, ...]) -> np.ndarray:
     return 255 - pixels + strokes
 
 
-def place_box(
-    ink: np.ndarray, frame: tuple[int, ...], shape: tuple[int, int]
-) -> tuple[float, tuple[float, float, float, float]]:
+def place_box(ink: np.ndarray, frame: tuple[int, ...], shape: tuple[int, int]) -> tuple[float, tuple[float, ...]]:
     """(ink cut off, the largest box inside `frame` with the aspect of `shape` (H, W), where that is least).
 
     As heads are up, what is cut at the top counts HEAD_UP times. Of equal places the middle one is taken. The
@@ -160,28 +154,24 @@ def ink_cut(grey: Image.Image, frame: tuple[int, ...], box: tuple[float, ...]) -
     The largest share over the cut sides; 0 if hardly anything was cut. What runs to the picture's edge (a neck, a
     background) was cut there already and doesn't count; nor does paper, of whatever tone.
     """
-    pixels, cuts = np.asarray(grey).astype(np.int16), []
+    pixels = np.asarray(grey).astype(np.int16)
     left, top, right, bottom = (round(side) for side in box)
     little_x, little_y = LITTLE_CUT * (frame[2] - frame[0]), LITTLE_CUT * (frame[3] - frame[1])
     rows, columns = slice(top, bottom), slice(left, right)
-    if top - frame[1] > little_y:
-        cuts.append((pixels[top, columns], pixels[frame[1], columns]))
-    if frame[3] - bottom > little_y:
-        cuts.append((pixels[bottom - 1, columns], pixels[frame[3] - 1, columns]))
-    if left - frame[0] > little_x:
-        cuts.append((pixels[rows, left], pixels[rows, frame[0]]))
-    if frame[2] - right > little_x:
-        cuts.append((pixels[rows, right - 1], pixels[rows, frame[2] - 1]))
+    sides = (  # is it cut, the cut, the picture's edge
+        (top - frame[1] > little_y, pixels[top, columns], pixels[frame[1], columns]),
+        (frame[3] - bottom > little_y, pixels[bottom - 1, columns], pixels[frame[3] - 1, columns]),
+        (left - frame[0] > little_x, pixels[rows, left], pixels[rows, frame[0]]),
+        (frame[2] - right > little_x, pixels[rows, right - 1], pixels[rows, frame[2] - 1]),
+    )
     found = [0.0]
-    for cut, edge in cuts:
+    for cut, edge in (lines for is_cut, *lines in sides if is_cut):
         inked, before = ((np.abs(line - np.median(edge)) > TONE).mean() for line in (cut, edge))
         found.append(float(inked - 3 * before))
     return max(found)
 
 
-def frame_picture(
-    picture: Image.Image, resolution: int, unit: int, framing: str, trim_frames: bool
-) -> tuple[tuple[int, ...], tuple[float, ...], tuple[int, int]]:
+def frame_picture(picture: Image.Image, resolution: int, unit: int, framing: str, trim_frames: bool) -> tuple:
     """(what is left without a panel's frame, the box in it that is trained on, the shape (H, W) that becomes).
 
     framing: "buckets" = the picture's own shape, as far as the base has one; "square" = the centre square.

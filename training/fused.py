@@ -93,10 +93,8 @@ class FusedProjections:
     def __init__(self, attn: nn.Module, processor: nn.Module):
         self.plain, self.lora = type(processor).project, processor.lora
         groups = (("q",), ("k", "v"), ("out",)) if attn.is_cross_attention else (("q", "k", "v"), ("out",))
-        self.products = {
-            names: FusedProjection([(attn.get_submodule(PROJECTIONS[name]), self.lora[name]) for name in names])
-            for names in groups
-        }
+        layers = {name: (attn.get_submodule(path), self.lora[name]) for name, path in PROJECTIONS.items()}
+        self.products = {names: FusedProjection([layers[name] for name in names]) for names in groups}
 
     def operands(self) -> list[tuple[Tensor, Tensor]]:
         """(place in an operand, weight to be copied there) of every LoRA weight."""

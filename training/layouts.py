@@ -12,7 +12,6 @@ import os
 import re
 import reprlib
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -67,10 +66,6 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
-
-
 def _stem(name: str) -> str:
     """Without the suffix of a picture."""
     return os.path.splitext(name)[0] if name.lower().endswith(IMAGE_SUFFIXES + OTHER_PICTURES) else name
@@ -78,7 +73,7 @@ def _stem(name: str) -> str:
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     """Names of the files with one of these suffixes, sorted."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []  # Path.is_dir() raises at too long a name
     return [name for name in names if name.lower().endswith(suffixes) and os.path.isfile(folder / name)]
 
 
@@ -110,18 +105,17 @@ def _read_text(file: Path, inside: Path | None = None) -> str:
     except OSError as error:
         raise InputError(f"{what} can't be read ({error.strerror}): set json_file to your captions") from None
     if len(content) > MAX_CAPTION_BYTES:
-        limit = f"{MAX_CAPTION_BYTES / 2**20:.0f} MiB"
-        raise InputError(f"{what} is larger than {limit}: set json_file to your captions")
+        raise InputError(f"{what} is larger than {MAX_CAPTION_BYTES / 2**20:.0f} MiB: set json_file to your captions")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
 
 
-def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None = None) -> Path | None:
+def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict]) -> Path | None:
     """The file of `name` (suffix optional, case of the suffix free) inside `dataset_dir`, or None.
 
-    `listings`, if given, keeps the folders' names from call to call: 10,000 names shouldn't be listed 10,000 times.
+    `listings` keeps the folders' names from call to call: 10,000 names shouldn't be listed 10,000 times.
 
     Raises:
         InputError: the name leads out of the folder (absolute, drive, "..", backslash, link), holds a control
@@ -130,19 +124,15 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None =
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
     dots = not posix.parts or any(not part.strip(". ") for part in posix.parts)  # to Windows, ".. " is ".."
     if dots or windows.drive or posix.is_absolute() or re.search(r"[\0-\x1f\x7f-\x9f\\]", name):
-        raise InputError(
-            f"image_name {name[:80]!r} leads out of {dataset_dir}, or is no name on every system: only "
-            "plain names inside the folder are read"
-        )
+        why = f"leads out of {dataset_dir}, or is no name on every system"
+        raise InputError(f"image_name {name[:80]!r} {why}: only plain names inside the folder are read")
     folder = (dataset_dir / name).parent
-    listings = {} if listings is None else listings
-    if folder not in listings:  # Path.is_dir() raises if a name is too long for the disk
+    if folder not in listings:
         check_inside(dataset_dir, folder, name)
-        entries = sorted(entry.name for entry in os.scandir(folder)) if os.path.isdir(folder) else []
         listings[folder] = {}
-        for entry in filter(_is_picture, entries):
-            for key in {os.path.splitext(entry)[0], entry}:
-                listings[folder].setdefault(_key(key), []).append(folder / entry)
+        for file in _files(folder, IMAGE_SUFFIXES):
+            for key in {os.path.splitext(file)[0], file}:
+                listings[folder].setdefault(_key(key), []).append(folder / file)
     matches = listings[folder].get(_key(posix.name), [])
     same = [path for path in matches if posix.name in (path.name, os.path.splitext(path.name)[0])]
     matches = same or matches  # the same characters before the same text in another normal form
@@ -151,7 +141,7 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict] | None =
         raise InputError(f"image_name {name[:80]!r} matches {files} in {folder}: remove one, or write its suffix too")
     for path in matches:
         check_inside(dataset_dir, path, name)
-    return matches[0] if matches and matches[0].is_file() else None
+    return matches[0] if matches else None
 
 
 def find_near(name: str, others: list[str]) -> str | None:
@@ -178,13 +168,12 @@ def why_missing(dataset_dir: Path, missing: list[str], used: set[Path]) -> list[
     unread = {_key(_stem(name)): name for name in unread_pictures(dataset_dir)}
     lines = []
     for number, name in enumerate(missing):
-        line = f"{shown(name)}: no image file of that name"
-        near = find_near(name, left) if number < MAX_COMPARED else None
+        line = "no image file of that name"
         if other := unread.get(_key(_stem(name))):
-            line = f"{shown(name)}: {shown(other)} is in a format that isn't read: save it as PNG"
-        elif near:
+            line = f"{shown(other)} is in a format that isn't read: save it as PNG"
+        elif number < MAX_COMPARED and (near := find_near(name, left)):
             line += f"; did you mean {shown(near)}?"
-        lines.append(line)
+        lines.append(f"{shown(name)}: {line}")
     return lines
 
 
@@ -247,9 +236,7 @@ def _read_meta_cap(json_file: str | Path, entries: dict[str, dict]) -> list[Entr
     rows, files = [], {}
     for key, entry in entries.items():
         where = f"{json_file}, {key[:80]!r}"
-        captions = [
-            _texts(entry.get(column, "")) if isinstance(entry, dict) else None for column in ("caption", "tags")
-        ]
+        captions = [_texts(entry.get(name, "")) if isinstance(entry, dict) else None for name in ("caption", "tags")]
         if None in captions:
             raise InputError(f"{where}: caption and tags must be texts")
         is_absolute = PureWindowsPath(key).drive or key.startswith(("/", "\\"))
@@ -314,9 +301,7 @@ def _read_csv(folder: Path, json_file: Path) -> Layout | None:
         raise InputError(f"{file}, line {reader.line_num}: {error}: fix it") from None
 
 
-def _pair_sidecars(
-    root: Path, folder: Path, default: str = "", repeats: int = 1
-) -> tuple[list[Entry], list[str], dict]:
+def _pair_sidecars(root: Path, folder: Path, default: str = "", repeats: int = 1) -> tuple[list[Entry], list, dict]:
     """(entries, lines on what is odd, {suffix: number of sidecars with a picture}) of one folder in `root`.
 
     Each line of `image.txt` or `image.caption` is a caption of `image.png`. Pictures without a sidecar get the
@@ -388,13 +373,7 @@ def _read_kohya_folders(folder: Path, json_file: Path) -> Layout | None:
     return Layout(f"folders with repeats: {', '.join(titles)}", "a caption", entries, notes) if entries else None
 
 
-READERS: tuple[Callable[[Path, Path], Layout | None], ...] = (
-    _read_json,  # [{"image_name": ..., "captions": ...}], meta_cap.json
-    _read_jsonl,  # metadata.jsonl
-    _read_csv,  # metadata.csv
-    _read_sidecars,  # image.txt, image.caption
-    _read_kohya_folders,  # 10_name/
-)
+READERS = (_read_json, _read_jsonl, _read_csv, _read_sidecars, _read_kohya_folders)
 
 
 # What a folder has -------------------------------------------------------------------------------------------------
@@ -443,11 +422,9 @@ def _compare(folder: Path, taken: Layout, other: Layout) -> None:
             continue
         ours, theirs = plain(before.captions), plain(entry.captions)
         if not any(one in another or another in one for one in ours for another in theirs):
-            raise InputError(
-                f"dataset_dir={str(folder)!r} holds two layouts that contradict each other: {shown(entry.name)} is "
-                f"{shown(before.captions[0])!r} by {taken.title}, {shown(entry.captions[0])!r} by {other.title}: "
-                "move one of them out of the folder"
-            )
+            why = f"dataset_dir={str(folder)!r} holds two layouts that contradict each other: {shown(entry.name)} is"
+            both = f"{shown(before.captions[0])!r} by {taken.title}, {shown(entry.captions[0])!r} by {other.title}"
+            raise InputError(f"{why} {both}: move one of them out of the folder")
 
 
 def _why_nothing(folder: Path, json_file: Path) -> str:
@@ -458,16 +435,13 @@ def _why_nothing(folder: Path, json_file: Path) -> str:
         return f"{where} holds more than one: set json_file to one of {some_of(jsons)}"
     also = f"; {some_of(unread)} of its pictures are in a format that isn't read" if unread else ""
     if sidecars:
-        pictures = _files(folder, IMAGE_SUFFIXES)
-        pairs = [(name, find_near(os.path.splitext(name)[0], pictures)) for name in sidecars[:1]]
-        meant = "".join(f"; for {shown(name)}, did you mean {shown(near)}?" for name, near in pairs if near)
+        near = find_near(os.path.splitext(sidecars[0])[0], _files(folder, IMAGE_SUFFIXES))
+        meant = f"; for {shown(sidecars[0])}, did you mean {shown(near)}?" if near else ""
         return f"{where} holds no picture for any of its sidecars, {some_of(sidecars)}{meant}{also}"
     return f"{where} holds no image.txt, metadata.jsonl or 10_name folder either: set json_file to your captions{also}"
 
 
 def may_hold_captions(folder: str | Path) -> bool:
     """A quick look, before anything is read: is there any file or folder that a layout could be made of?"""
-    return any(
-        name.lower().endswith((".json", "metadata.jsonl", "metadata.csv", *SIDECARS)) or re.fullmatch(KOHYA, name)
-        for name in os.listdir(folder)
-    )
+    ends = (".json", "metadata.jsonl", "metadata.csv", *SIDECARS)
+    return any(name.lower().endswith(ends) or re.fullmatch(KOHYA, name) for name in os.listdir(folder))

@@ -155,11 +155,9 @@ def _noted_alpha(header: dict, module: str, rank: int) -> float:
     part, _, inner = path.partition(".")
     own = {key.removeprefix(f"{part}."): value for key, value in header.items() if key.startswith(f"{part}.")}
     own, path = (own, inner) if own else (header, path)
-    path, alpha = path.removeprefix("text_model."), own.get("lora_alpha") or rank
-    for name, of_some in (own.get("alpha_pattern") or {}).items():
-        if f".{path}".endswith("." + name.lstrip("^").removeprefix("text_model.")):
-            alpha = of_some
-            break
+    path, patterns = path.removeprefix("text_model."), (own.get("alpha_pattern") or {}).items()
+    ends = ((f".{name.lstrip('^').removeprefix('text_model.')}", of_some) for name, of_some in patterns)
+    alpha = next((of_some for end, of_some in ends if f".{path}".endswith(end)), own.get("lora_alpha") or rank)
     return alpha * rank**0.5 if own.get("use_rslora") else alpha
 
 
@@ -201,10 +199,8 @@ def fit(file: Path, parts: dict[str, Part], unet, text_encoder) -> dict[str, dic
         part = Part(down.reshape(shapes[0]), up.reshape(shapes[1]), alpha)
         fitted["unet" if prefix == "unet" else "text_encoder"][path] = part
     if strange:
-        counts = f"{len(strange)} of its {len(parts)} layers aren't in this base"
-        raise InputError(
-            f"{file} is for another model: {counts}, the first is {strange[0]!r:.100}: name a base it fits"
-        )
+        counts = f"{len(strange)} of its {len(parts)} layers aren't in this base, the first is {strange[0]!r:.100}"
+        raise InputError(f"{file} is for another model: {counts}: name a base it fits")
     return fitted
 
 

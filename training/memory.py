@@ -70,10 +70,9 @@ def memory_plans(unet, latent_shape: tuple, text_shape: tuple, images: int, chec
     tiers = {"auto": CHECKPOINTED, "on": ("all",), "off": ("nothing",)}[checkpointing]
     blocks = _blocks(unet, "BasicTransformerBlock", "all") | _blocks(unet, "ResnetBlock2D", "all")
     plans, has_cheap = [], hasattr(unet, "cheap_twice")
+    tiers = [tier for tier in tiers if has_cheap or tier != "cheap"]
     try:
         for tier in tiers:
-            if tier == "cheap" and not has_cheap:
-                continue
             if not plans or tier == "cheap":  # the others have the same blocks
                 kept, weights, largest = _count(unet, latent_shape, text_shape, blocks, has_cheap and tier != "nothing")
             of_all = {"all": blocks, "largest": _blocks(unet, "BasicTransformerBlock", "largest")}

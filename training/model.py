@@ -67,10 +67,9 @@ def build_model(config, base: Path, device: torch.device, dtype: torch.dtype, lo
     # AdamW's own decay is off: the script's apply_decay() does it exactly. At scale 1 the scaler only skips bad steps.
     optimizer = torch.optim.AdamW([weights], lr=config.learning_rate, weight_decay=0.0, fused=True)
     # In fp16 it grows every 100 steps, so that the smallest gradients come to count within a run of 900.
-    scale = {"init_scale": 2.0**16, "growth_interval": 100}
-    if dtype != torch.float16:
-        scale = {"init_scale": 1.0, "growth_interval": 2**30}
-    return Model(unet, scheduler, weights, optimizer, torch.amp.GradScaler(device.type, **scale))
+    scale, growth_interval = (2.0**16, 100) if dtype == torch.float16 else (1.0, 2**30)
+    scaler = torch.amp.GradScaler(device.type, scale, growth_interval=growth_interval)
+    return Model(unet, scheduler, weights, optimizer, scaler)
 
 
 def compute_gradients(model: Model, encoded: EncodedDataset, batch: Batch, share: torch.Tensor) -> torch.Tensor:

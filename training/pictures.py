@@ -140,6 +140,13 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return ImageCms.profileToProfile(image, source, SRGB, renderingIntent=intent, outputMode="RGB")
 
 
+def to_bytes(picture: Image.Image, kind: str, **options) -> bytes:
+    """A picture as a file of this kind. options: Pillow's, for that kind."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
 def colour_share(picture: Image.Image) -> float:
     """Share of an RGB picture's area whose channels differ by more than COLOURED, seen from afar, so without noise."""
     small = np.asarray(picture.resize((32, 32), Image.Resampling.BOX, reducing_gap=2.0)).astype(int)

@@ -118,9 +118,8 @@ class Run:
         self.fingerprint = fingerprint_of(self.about, self.may_change)
         if config.dry_run:
             return
-        self.action = folder.check_output_folder(
-            self.output, self.about, self.may_change, config.overwrite, self.former
-        )
+        asked = (self.about, self.may_change, config.overwrite, self.former)
+        self.action = folder.check_output_folder(self.output, *asked)
         self.is_finished, self.resumes = self.action == "finished", self.action == "resume"
         if self.is_main and not self.is_finished:
             self.undo.enter_context(folder.locked(self.output))
