@@ -101,7 +101,8 @@ DEMO = {  # what --demo changes; other flags apply on top
     "sample_every_n_epochs": 10,
     "samples_per_prompt": 1,
     "sample_steps": 20,
-    "learning_rate": 2e-3,  # the tiny base needs a far higher rate than SD1.5: see bench/ablation.py
+    "num_train_epochs": 20,
+    "learning_rate": 4e-3,  # the tiny base needs a far higher rate than SD1.5: see docs/results.md
     "sample_prompts": (  # words that the demo's base knows; none names a colour
         "A detailed manga face portrait of a young woman with long wavy hair, large round eyes, gentle smile",
         "A manga face portrait of a girl with twin bun hair, winking eye, big open smile, flowers in the hair",

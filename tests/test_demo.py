@@ -116,7 +116,7 @@ def test_two_processes_train_the_same_lora(demo, environment, tmp_path):
 
 @pytest.mark.long
 def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment, tmp_path):
-    """What the README shows, unshrunk: 6 minutes of training and 8 in all on two cores."""
+    """What the README shows, unshrunk: 4 minutes of training and 8 in all on two cores."""
     del environment["OMP_NUM_THREADS"]
     start = time.monotonic()
     printed = command([str(ROOT / "train_manga_lora.py"), "--demo"], environment, tmp_path)
