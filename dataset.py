@@ -493,7 +493,9 @@ class MangaFaceDataset:
         if self.kind == "sentences":
             return "sentences"
         what = "one tag each, joined into one list a face" if self.kind == "one tag each" else "lists of tags"
-        order = f"shuffled but for the first {self.keep_tags}" if self.shuffle_tags else "in their order"
+        order = "shuffled" if self.shuffle_tags else "in their order"
+        if self.shuffle_tags and self.keep_tags:
+            order += f", all but the first{f' {self.keep_tags}' if self.keep_tags > 1 else ''}"
         return f"{what}; underscores become spaces, {order}"
 
     def _report_weights(self) -> list[str]:

@@ -32,7 +32,7 @@ IN_WORDS = {  # what full points in a part mean
     "style": "Tones and strokes are those of your faces",
     "set distance": "All in all the pictures look like your faces",
     "coherence": "Faces are whole: nothing smeared, doubled or out of place",
-    "adherence": "The pictures show what the prompts ask for",
+    "adherence": "Prompts are obeyed",
     "novelty": "No picture is a copy of a training face",
     "diversity": "Pictures differ from each other, as faces do",
 }
@@ -75,8 +75,13 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
     yield f'<p class="soft">{escape(config.lora_name)}: {when}</p>\n<h1>{_text(sentence or reason or done)}</h1>\n'
     yield f"<p>{_text(reason)}</p>\n" if sentence else ""
     if len(losses) > 1:
-        told = f"{losses[0]:.4f} -> {min(losses):.4f}: the error on faces that are never trained on; lower is better."
+        lowest, least = min(metrics.validation, key=lambda row: row[1])
+        told = f"{losses[0]:.4f} -> {least:.4f} after epoch {lowest}: the error on faces that are never trained on"
         yield f'<p class="soft">Validation loss {escape(told)}</p>\n'
+    if summary:
+        score = f"Score: {summary['score_in_words']}. " if summary.get("score_in_words") else ""
+        where = f"{score}Your LoRA: {summary.get('lora_safetensors')}; to use it, see below"
+        yield f"<p>{_text(where)}</p>\n"
     yield _section("Before and after", _cards(album, *rows) if rows else grid.before_after(album))
     yield _section("How strong? 1 is as trained", _cards(album, *strengths) if strengths else "")
     yield _section("Epoch by epoch", grid.html(album, best.get("epoch")))

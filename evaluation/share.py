@@ -68,7 +68,7 @@ def use_it(run, config, base: Path) -> str:
     node = f'"Load LoRA" between checkpoint and sampler, {config.lora_name}.safetensors, strength 1'
     node += f'; "CLIP Set Last Layer" {-config.clip_skip}' if config.clip_skip > 1 else ""
     if run.labels["ss_base_model_version"] != "sd_v1":
-        prompt = node = "not with this base, which is no SD 1.5"
+        return f"In Python: {python}\nIn A1111, Forge, ComfyUI: not with this base, which is no SD 1.5"
     copy = f"{config.lora_name}.* from {run.output / 'share'} to models/Lora (ComfyUI: models/loras)"
     return f"In Python: {python}\nIn A1111, Forge: {prompt}\nIn ComfyUI: {node}\nCopy: {copy}"
 

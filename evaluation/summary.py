@@ -68,17 +68,20 @@ def print_summary(summary: dict, config, state: TrainingState, run) -> None:
     """The last lines on the screen: what was learnt, and where it is."""
     if summary["stopped_epoch"]:
         run.log(f"Stopped early: no better validation loss in {config.early_stopping_patience} epochs")
+    at_best = next(row for row in state.history if row.epoch == summary["best_epoch"])
+    is_lowest = state.best is None or at_best == state.best
+    lowest, own = ("", "") if is_lowest else (f" after epoch {state.best.epoch}", f"; its loss: {at_best.loss:.4f}")
     if summary["val_ratio"]:
         gained = "never below the start's: lower learning_rate"
         if converged := summary["converged_epoch"]:
             gained = f"converged after {converged} of {summary['epochs_run']} epochs (95 % of the gain)"
             gained = "still falling" if summary["still_falling"] else gained
         losses = f"{summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} (x {summary['val_ratio']:.2f})"
-        run.log(f"Validation loss {losses}; {gained}")
+        run.log(f"Validation loss {losses}{lowest}; {gained}")
     if summary["score_in_words"]:
         ends = f" (0: as the base, {summary['score_maximum']}: as the artist)" if summary["score_maximum"] else ""
         run.log(f"Score: {summary['score_in_words']}{ends}")
-    run.log(f"Best epoch: {summary['best_epoch']} of {summary['epochs_run']}, {summary['best_reason']}")
+    run.log(f"Best epoch: {summary['best_epoch']} of {summary['epochs_run']}, {summary['best_reason']}{own}")
     first_step = f", first step after {summary['first_step_s']:.0f} s" if summary["first_step_s"] else ""
     whole = f"{summary['images_per_s_in_all']:.1f} with all else"
     speed = f"{summary['images_per_s']:.1f} images/s ({whole}), peak memory {summary['peak_memory_mib']:.0f} MiB"

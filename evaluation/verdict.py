@@ -13,6 +13,7 @@ LITTLE = 0.6  # of that difference: what is wrong then is the base's still, not 
 LEARNT, NOT_LEARNT = 0.5, 0.25  # of style's points
 SMEARED = 0.7  # of the share of held-out faces that pass as whole; below it pictures are smeared
 MANY_COPIES = 0.1  # of the pictures
+BELIEVED = 0.75  # of the held-out faces have to pass, or the judge knows too little to say anything of faces
 STILL_FALLING = 0.1  # of the gain in validation loss came in the second half of all learning
 MOST_HELD_OUT = 0.25  # of the faces: more would be missed in training
 APART = 7.0  # Ashman's D: two styles, not one that varies
@@ -167,5 +168,5 @@ def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=
             others = {n: some.value["coherence"] for n, some in scored.items() if n != epoch}
             facts |= {"style": own.value["points: style"], "better": tuple(others.items())}
             whole = (own.value["coherence"], held_out.value["coherence"])
-            facts["whole"] = None if math.isnan(whole[0]) else whole
+            facts["whole"] = whole if whole[1] >= BELIEVED else None  # NaN isn't
     return Facts(**facts)

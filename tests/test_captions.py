@@ -235,7 +235,7 @@ def test_tags_become_variants_and_the_report_says_what_was_decided(tmp_path, tok
     for indices, first in zip(faces.text_indices, faces.first_text, strict=True):
         assert len(indices) == 4 and faces.texts[first] == faces.texts[indices[0]] == clean
         assert all(faces.texts[index].startswith("1girl, ") for index in indices)
-    assert "lists of tags; underscores become spaces, shuffled but for the first 1" in faces.report()
+    assert "lists of tags; underscores become spaces, shuffled, all but the first" in faces.report()
     still = make_faces(tmp_path / "tags", [BOORU] * 5, shuffle_tags=False)
     assert still.texts == ["", clean] and "in their order" in still.report()
     loose = make_faces(tmp_path / "tags", [BOORU] * 5, keep_tags=0)

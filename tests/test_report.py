@@ -95,10 +95,11 @@ def fake_evaluation(text: str = "a face"):
         shown = [[picture(n) for n in range(4)], [None, *(picture(n) for n in range(3))]]  # a prompt has no real face
         return shown, ["real face", "base", "LoRA", "nearest training face"], [f"{text} shown", f"{text} shown too"]
 
-    def at_strengths(file, score):
+    def at_strengths(file, score, is_sparing):
         return [[picture(number) for number in range(5)]], list(map(str, STRENGTHS)), [f"{text} sweep"]
 
-    return SimpleNamespace(rows=rows, at_strengths=at_strengths), Path("lora.safetensors"), None
+    pipe = SimpleNamespace(device=torch.device("cpu"))
+    return SimpleNamespace(rows=rows, at_strengths=at_strengths, pipe=pipe), Path("lora.safetensors"), None
 
 
 def written(folder: Path, config, **known) -> str:

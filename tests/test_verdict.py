@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import ROOT, STYLES, run, write_faces
 from PIL import Image
 
 from evaluation.measures import colourfulness, stroke_directions
-from evaluation.verdict import Facts, is_falling, moved, two_styles, verdict
+from evaluation.verdict import Facts, facts_of, is_falling, moved, two_styles, verdict
 
 GOOD = Facts(
     learning_rate=5e-5,
@@ -115,3 +116,21 @@ def test_a_run_s_last_line_is_its_verdict_made_of_what_the_run_was(tiny_config, 
     assert capsys.readouterr().out.rstrip().splitlines()[-1] == summary["verdict"]
     assert summary["verdict"].startswith(("Too few faces to judge: 4 held out, 8 are needed", "Hardly differs"))
     assert not is_falling([(0.0, 1.0), (0.0, 0.5), (0.0, 0.2)])
+
+
+@pytest.mark.parametrize(("passing", "expected"), [(0.75, (0.9, 0.75)), (0.5, None), (np.nan, None)])
+def test_nothing_is_said_of_faces_by_a_judge_that_fails_real_ones(passing, expected):
+    rng, is_copy = np.random.default_rng(0), np.zeros(4, bool)
+    references = SimpleNamespace(names=[], layout=rng.random((20, 512)), line_art={"colourfulness": rng.random(20)})
+
+    def scored(coherence):
+        features = SimpleNamespace(is_copy=is_copy, pixels=rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8))
+        value = {"coherence": coherence, "points: style": 0.8}
+        return SimpleNamespace(features=features, references=references, score=5.0, value=value)
+
+    evaluation = SimpleNamespace(of_base=scored(0.0), references=references, judge_held_out=lambda: scored(passing))
+    row = SimpleNamespace(epoch=0, loss=0.07)
+    state = SimpleNamespace(history=[row], steps_per_epoch=1, epoch=1, best=row, start_loss=0.07)
+    config = SimpleNamespace(learning_rate=1e-4, start_from="")
+    dataset = SimpleNamespace(faces=[], train=[0] * 8, validation=[0] * 8)
+    assert facts_of(config, dataset, state, 1, [1e-4], evaluation, {1: scored(0.9)}).whole == expected
