@@ -28,7 +28,7 @@ LAUNCH_FLAGS = {  # of accelerate launch
 }
 BENCH_FLAGS = {"model", "minutes", "rows", "steps", "warmup", "stage", "rate", "seeds", "out", "table"}
 OTHER_FLAGS = (
-    LAUNCH_FLAGS | BENCH_FLAGS | {"pictures", "lora", "to", "index-url", "help", "record"}
+    LAUNCH_FLAGS | BENCH_FLAGS | {"pictures", "lora", "to", "index-url", "help", "record", "each", "faces", "timesteps"}
 )  # of other programs
 ORIGINAL_SNIPPET = """\
 from diffusers import StableDiffusionPipeline
