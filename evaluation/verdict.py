@@ -73,7 +73,7 @@ def verdict(facts: Facts) -> str:
     else:
         learnt = facts.style >= LEARNT
         main = f"Style {'learnt' if learnt else 'learnt in part' if facts.style >= NOT_LEARNT else 'hardly learnt'}"
-        if little and not learnt:
+        if not learnt and (little or facts.is_falling):  # what is wrong is the base's still
             main += f": raise {rate} or num_train_epochs ({facts.epochs})."
         elif facts.whole and facts.whole[0] < SMEARED * facts.whole[1]:
             main += f", but faces are smeared in {1 - facts.whole[0]:.0%} of the pictures: lower {rate}"

@@ -30,7 +30,7 @@ def faces_of(folder: Path, counts: dict[Path, int], caption: str | None = None) 
 
 
 RUNS = {
-    "a rate 40 times too low": ({}, {"learning_rate": 1e-4}, "Hardly differs from the base: raise learning_rate"),
+    "a rate 40 times too low": ({}, {"learning_rate": 1e-4}, ": raise learning_rate (0.0001) or num_train_epochs (4)."),
     "a rate 15 times too high": ({}, {"learning_rate": 6e-2}, "lower learning_rate (0.06)"),
     "12 faces": ({FACES: 12}, {"num_train_epochs": 40}, "Too few faces to judge: 4 held out, 8 are needed: add faces."),
     "equal captions": ({FACES: 250}, {}, "All captions are the same, so prompts make no difference."),
