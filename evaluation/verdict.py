@@ -73,9 +73,10 @@ def verdict(facts: Facts) -> str:
     else:
         learnt = facts.style >= LEARNT
         main = f"Style {'learnt' if learnt else 'learnt in part' if facts.style >= NOT_LEARNT else 'hardly learnt'}"
-        if not learnt and (little or facts.is_falling):  # what is wrong is the base's still
+        is_smeared = facts.whole is not None and facts.whole[0] < SMEARED * facts.whole[1]
+        if not learnt and (little or is_smeared):  # what is wrong is the base's still
             main += f": raise {rate} or num_train_epochs ({facts.epochs})."
-        elif facts.whole and facts.whole[0] < SMEARED * facts.whole[1]:
+        elif is_smeared:
             main += f", but faces are smeared in {1 - facts.whole[0]:.0%} of the pictures: lower {rate}"
             ahead = [(whole, epoch) for epoch, whole in facts.better if whole > facts.whole[0] + 0.1]
             main += f", or take epoch {max(ahead)[1]} from candidates." if ahead else ", or show larger faces."
