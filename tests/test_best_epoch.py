@@ -76,7 +76,8 @@ def test_of_the_candidates_the_one_chosen_is_exported_and_best_json_says_why(tin
     assert [row["val_loss"] for row in best["candidates"]] == [0.70, 0.71, 0.705]
     assert best["score"] == best["candidates"][1]["score"] == summary["score"]
     printed = capsys.readouterr().out
-    assert "Best epoch: 3 of 5, it pleased the test" in printed
+    assert "Best epoch: 3 of 5, it pleased the test; its loss: 0.7100" in printed
+    assert "-> 0.7000 (x 0.70) after epoch 2; converged" in printed  # not the chosen one's loss: it says whose
     assert "converged after 2 of 5 epochs" in printed  # 95 % of 0.3 are gained at 0.715
     assert f"Score: {summary['score_in_words']} (0: as the base, {summary['score_maximum']}: as the artist)" in printed
 

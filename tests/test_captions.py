@@ -238,7 +238,10 @@ def test_tags_become_variants_and_the_report_says_what_was_decided(tmp_path, tok
     assert "lists of tags; underscores become spaces, shuffled, all but the first" in faces.report()
     still = make_faces(tmp_path / "tags", [BOORU] * 5, shuffle_tags=False)
     assert still.texts == ["", clean] and "in their order" in still.report()
+    two = make_faces(tmp_path / "tags", [BOORU] * 5, keep_tags=2)
+    assert "shuffled, all but the first 2\n" in two.report()
     loose = make_faces(tmp_path / "tags", [BOORU] * 5, keep_tags=0)
+    assert "underscores become spaces, shuffled\n" in loose.report()
     assert not all(text.startswith("1girl") for text in loose.texts[1:])
     lone = make_faces(tmp_path / "lone", [list(TAGS_ALONE)] * 5)
     assert [face.captions for face in lone.faces] == [("1girl, solo, long hair, o_o",)] * 5

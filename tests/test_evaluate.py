@@ -582,6 +582,7 @@ def test_a_picture_for_a_face_s_caption_has_that_face_s_shape(tmp_path):
     held_out = [dataset.faces[face] for face in dataset.validation]
     assert jobs.shapes == [face.shape for face in held_out] * 3 + [(8, 8)] * 4  # three seeds each: at least 24
     assert jobs.prompts[:30] == [face.captions[0] for face in held_out] * 3 and len(set(jobs.seeds[:30])) == 30
+    assert jobs.seeds[30:] == [config.seed + number for number in range(4)]  # one bad seed must not spoil all prompts
     asked = []
 
     def pipe(height, width, **given):

@@ -84,7 +84,8 @@ def make_run(folder: Path, text: str = "a face", finished: bool = True, **change
         scores = {"base": {"style": entry(0.9, points=0.2, of=3)}, "lora": lora, "held_out_faces": "n/a"}
         (folder / "scores.json").write_text(json.dumps(scores))
         history = [[epoch, loss, 0.004] for epoch, loss in enumerate(LOSSES)]
-        (folder / "summary.json").write_text(json.dumps({"epochs_run": 3, "validation": history}))
+        made = {"score_in_words": "6.1 (5.8 to 6.4) of 10", "lora_safetensors": str(folder / f"{text}.safetensors")}
+        (folder / "summary.json").write_text(json.dumps({"epochs_run": 3, "validation": history} | made))
     return config
 
 
@@ -135,7 +136,9 @@ def test_a_report_tells_all_of_a_finished_run_and_the_sentence_first(tmp_path):
     parts = [
         "Style learnt, faces intact",
         "Epoch 2 is the best: the best of a face",
-        "0.0800 -> 0.0500",
+        "0.0800 -> 0.0500 after epoch 2",
+        "Score: 6.1 (5.8 to 6.4) of 10. Your LoRA: ",
+        "a face.safetensors; to use it, see below",
         "Before and after",
     ]
     parts += [
