@@ -30,7 +30,7 @@ from training.captions import kind_of, packs, shuffles, tidy_tags
 from training.files import InputError, sha256_of
 from training.framing import MUCH_CUT, frame_picture, ink_cut
 from training.layouts import IMAGE_SUFFIXES, find_image, read_layout, shown, some_of, unread_pictures, why_missing
-from training.pictures import colour_share, cut_out, dhashes, read_picture
+from training.pictures import colour_share, cut_out, dhashes, load_image, read_picture
 
 NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two most similar faces 13
 FACE_WORDS = {"alone", "back", "bottom", "cry", "empty", "fire", "front"}  # on scikit-learn's list of stop words, but
@@ -256,8 +256,8 @@ class MangaFaceDataset:
         Shape: (3, H, W), float32 in [-1, 1]. Raises: as load_image() does.
         """
         face = self.faces[index]
-        picture = self.kept.pop(face.path, None) or read_picture(face.path)[0]
-        return cut_out(picture, face.box, shape or face.shape)
+        kept, shape = self.kept.pop(face.path, None), shape or face.shape
+        return cut_out(kept, face.box, shape) if kept else load_image(face.path, face.box, shape)
 
     def make_texts(self, tokenizer=None) -> None:
         """Fill texts, text_indices and first_text. Packs need the base's tokenizer: call this once it is known."""

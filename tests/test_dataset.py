@@ -263,7 +263,8 @@ def test_a_picture_that_memory_does_not_suffice_for_is_not_taken_for_a_bad_one(t
 def test_a_picture_is_decoded_once_before_it_is_encoded_if_memory_for_it_remains(tmp_path, monkeypatch):
     decoded = []
     real = dataset_module.read_picture
-    monkeypatch.setattr(dataset_module, "read_picture", lambda path: decoded.append(path.name) or real(path))
+    for module in (dataset_module, pictures):
+        monkeypatch.setattr(module, "read_picture", lambda path: decoded.append(path.name) or real(path))
     monkeypatch.setattr(encoding, "encode_image", lambda _, pixels: pixels)
     folder = make_faces(tmp_path / "faces", [COMMON] * 6).dataset_dir
     found = []
