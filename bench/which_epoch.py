@@ -90,7 +90,8 @@ def main() -> None:
     print(f"Lowest validation loss: epoch {min(losses, key=losses.get)}\n")
     print(f"epoch  validation loss  score of {evaluation.jobs.portraits} pictures (95 % interval)  coherence  novelty")
     for epoch, folder in sorted(files.items()):
-        score = evaluation.judge_portraits(folder / "pytorch_lora_weights.safetensors")
+        file = folder / "pytorch_lora_weights.safetensors"
+        score = evaluation.judge_portraits(file, evaluation.judge_portraits(file))
         low, high = score.interval("points: score")
         own = f"{score.score:5.2f} ({low:.2f} to {high:.2f}) of {score.maximum}"
         rest = f"{score.value['coherence']:.2f}  {score.value['novelty']:.2f}"

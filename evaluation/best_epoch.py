@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ from training.files import describe, discard, read_verified, write_atomic
 from training.memory import sparingly
 
 CANDIDATE = "epoch-{:03d}"  # its folder
+MOST_KEPT = 8  # candidates; at most four of them are scored
 
 
 def candidate_epochs(history: list[Validated]) -> list[int]:
-    """Epochs that may be the best, earliest first: not before the validation minimum, at most three times as far, and
-    within one standard error of it. A model is often at its best somewhat after the minimum of its loss.
+    """Epochs that may be the best, earliest first: not before the validation minimum, and within one standard error of
+    it. Where these are many, every second, or every fourth ... of all after the minimum, so that their files stay few.
 
     Empty before the first epoch's validation, and where nothing is held out.
     """
@@ -29,8 +31,11 @@ def candidate_epochs(history: list[Validated]) -> list[int]:
     if not rows:
         return []
     best = min(rows, key=lambda row: row.loss)  # the earliest of equals
-    highest = best.loss + best.error
-    return [row.epoch for row in rows if best.epoch <= row.epoch <= 3 * best.epoch and row.loss <= highest]
+    near = [row.epoch for row in rows if row.epoch >= best.epoch and row.loss <= best.loss + best.error]
+    every = 1
+    while len(kept := [epoch for epoch in near if (epoch - best.epoch) % every == 0]) > MOST_KEPT:
+        every *= 2  # what is kept then was kept before
+    return kept
 
 
 def converged_epoch(state: TrainingState) -> int | None:
@@ -65,20 +70,29 @@ def prune_candidates(folder: Path, state: TrainingState) -> None:
 
 
 def choose_best(epochs: list[int], scored: dict[int, Score]) -> tuple[int, str]:
-    """(the best of the candidate epochs, why): the highest score; of those it doesn't beat by more than chance, the
-    earliest. Without scores the first candidate: the lowest validation loss.
+    """(the best of the candidate epochs, why): the highest score, the earliest of equals. Without scores the first
+    candidate: the lowest validation loss.
     """
     if len(epochs) == 1:
         return epochs[0], "the only candidate: no later epoch is within a standard error of the lowest validation loss"
     if not scored:
         return epochs[0], "the lowest validation loss (no scores: no pictures, or too few held-out faces)"
-    highest = max(scored, key=lambda epoch: (scored[epoch].score, -epoch))
-    best = next(epoch for epoch in sorted(scored) if epoch == highest or not scored[highest].beats(scored[epoch]))
-    of, score = f"of {len(scored)} candidates scored", f"{scored[best].score:.2f}"
-    if best == highest:
-        return best, f"the highest score {of}: {score}"
-    other = f"the highest {of}, {scored[highest].score:.2f} of epoch {highest}"
-    return best, f"score {score}, which {other}, beats by no more than chance; the earlier one wins"
+    best = max(sorted(scored), key=lambda epoch: scored[epoch].score)
+    return best, f"the highest score of the candidates: {scored[best].score:.2f}"
+
+
+def race(epochs: list[int], judge: Callable[[int, Score | None], Score]) -> tuple[dict[int, Score], dict[int, Score]]:
+    """({epoch: its Score}, those of them that can be the best): by a few portraits of each, then by the others, of all
+    that the leader doesn't beat by more than chance.
+
+    judge: Evaluation.judge_portraits of the epoch's file.
+    """
+    scored = {epoch: judge(epoch, None) for epoch in epochs}
+    if scored[epochs[0]].score is None:
+        return scored, {}
+    leader = max(scored.values(), key=lambda some: some.score)
+    left = {epoch: judge(epoch, first) for epoch, first in scored.items() if not leader.beats(first)}
+    return scored | left, left
 
 
 def _intact_candidates(output: Path, state: TrainingState, log) -> dict[int, Path]:
@@ -123,8 +137,9 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
         def score(is_sparing: bool) -> tuple[Evaluation, dict[int, Score], Score, tuple[int, str]]:
             """The candidates by their portraits, then all pictures of the best one."""
             evaluation = Evaluation(config, dataset, base, run.device, is_sparing=is_sparing)
-            scored = {epoch: evaluation.judge_portraits(candidates[epoch] / LORA_FILES[-1]) for epoch in spread}
-            best, why = choose_best(epochs, {epoch: own for epoch, own in scored.items() if own.score is not None})
+            files = {epoch: candidates[epoch] / LORA_FILES[-1] for epoch in spread}
+            scored, left = race(spread, lambda epoch, first: evaluation.judge_portraits(files[epoch], first))
+            best, why = choose_best(epochs, left)
             whole = evaluation.judge(candidates[best] / LORA_FILES[-1], scored[best])
             return evaluation, scored, whole, (best, why)
 

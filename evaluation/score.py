@@ -9,6 +9,7 @@ What is compared are portraits: pictures drawn for the captions of held-out face
 """
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ from training.folder import PICTURES
 from training.lora_files import fit, put_on
 
 MAX_FACES = 250  # training faces that pictures are compared with, and that the judge learns from
+FIRST = 8  # portraits, by which candidates that can't win are known
 STRENGTHS = (0, 0.4, 0.7, 1, 1.3)  # of the LoRA, in the report
 TOO_FEW = f"too few to judge: a score needs {FEWEST} held-out faces"
 EXACT_COPY = 0.01  # faces nearer than this are one picture: copies in a data set must not make copies look usual
@@ -325,7 +327,7 @@ class Evaluation:
         self.clip = None if config.demo else measures.find_clip(torch.device("cpu") if is_sparing else device)
         self.references = References(dataset, config, vae, folder_identity(base / "vae"), self.clip)
         self.jobs = pictures.evaluation_jobs(dataset, config)
-        self.ends, own = None, self._features(self._draw_all())
+        self.ends, own = None, self._features(self._draw_all([]))
         if self.references.judge:
             half = self._features(self.references.half_pixels, self._captions(self.references.half))
             self.ends = Ends(own, half, self.references)
@@ -341,11 +343,12 @@ class Evaluation:
         prompts, seeds, shapes = chosen
         return pictures.draw_pictures(self.pipe, {"prompt": prompts}, seeds, shapes, self.config, self.is_sparing)
 
-    def _draw_all(self, portraits: list[np.ndarray] | None = None) -> list[np.ndarray]:
-        """Of all jobs; the portraits apart, as in what passes together results differ by rounding."""
-        count = self.jobs.portraits
-        portraits = self._draw(range(count)) if portraits is None else portraits
-        return portraits + self._draw(range(count, len(self.jobs.prompts)))
+    def _draw_all(self, drawn: list[np.ndarray]) -> list[np.ndarray]:
+        """Of all jobs, given the first ones' pictures. In parts, the same ones each time: what passes together makes
+        results differ by rounding.
+        """
+        ends = [len(drawn), *(end for end in (FIRST, self.jobs.portraits, len(self.jobs.prompts)) if end > len(drawn))]
+        return drawn + [picture for part in itertools.pairwise(ends) for picture in self._draw(range(*part))]
 
     def _features(self, pixels: list[np.ndarray], texts: list[str] | None = None, are_prompts: bool = True) -> Features:
         texts, portraits = (self.jobs.prompts, self.jobs.portraits) if texts is None else (texts, len(texts))
@@ -378,13 +381,17 @@ class Evaluation:
         Raises InputError: see wearing().
         """
         with self.wearing(lora_file):
-            return self.judge_pictures(self._draw_all(drawn and drawn.features.pixels))
+            return self.judge_pictures(self._draw_all(drawn.features.pixels if drawn else []))
 
-    def judge_portraits(self, lora_file: Path) -> Score:
-        """The score of the portraits alone: all that is compared with faces, so enough to compare LoRA files by."""
+    def judge_portraits(self, lora_file: Path, first: Score | None = None) -> Score:
+        """The score of the portraits alone: all that is compared with faces, so enough to compare LoRA files by.
+
+        first: the score of the first FIRST of them. Without it, that score is returned.
+        """
+        drawn, end = (first.features.pixels, self.jobs.portraits) if first else ([], min(FIRST, self.jobs.portraits))
         with self.wearing(lora_file):
-            pixels = self._draw(range(self.jobs.portraits))
-        return self.judge_pictures(pixels, self.jobs.prompts[: self.jobs.portraits])
+            pixels = drawn + self._draw(range(len(drawn), end))
+        return self.judge_pictures(pixels, self.jobs.prompts[:end])
 
     def at_strengths(self, lora_file: Path, lora: Score, is_sparing=False) -> tuple[list[list], list[str], list[str]]:
         """A sheet's first prompt and the first sample prompt with the LoRA at STRENGTHS; for contact_sheet()."""

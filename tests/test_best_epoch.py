@@ -31,11 +31,22 @@ def test_early_stopping_exports_the_best_epoch_and_keeps_the_last_beside_it(tiny
     assert (summary["best_epoch"], summary["epochs_run"]) == (2, 6) and exported(tiny_config) == best
 
 
-def test_candidates_lie_between_the_minimum_and_three_times_its_epoch():
+def test_candidates_are_the_minimum_and_later_epochs_within_its_error():
     losses = [0.9, 0.6, 0.71, 0.69, 0.65, 0.7, 0.61, 0.6]
     history = [checkpoint.Validated(epoch, loss, 0.1) for epoch, loss in enumerate(losses, start=1)]
-    assert best_epoch.candidate_epochs(history) == [2, 4, 5, 6]  # 3 is beyond the error, 7 and 8 beyond 3 x 2
+    assert best_epoch.candidate_epochs(history) == [2, 4, 5, 6, 7, 8]  # 3 is beyond the error
     assert best_epoch.candidate_epochs(history[:1]) == [1] and best_epoch.candidate_epochs([]) == []
+
+
+def test_however_long_a_run_few_candidates_are_kept_and_none_is_asked_for_that_was_not():
+    losses = [0.9, 0.5, 0.52, 0.65, *[0.55] * 36]
+    kept, history = set(), []
+    for epoch, loss in enumerate(losses, start=1):
+        history.append(checkpoint.Validated(epoch, loss, 0.1))
+        wanted = best_epoch.candidate_epochs(history)
+        assert len(wanted) <= best_epoch.MOST_KEPT and set(wanted) <= kept | {epoch}
+        kept = set(wanted)
+    assert wanted == [2, 10, 18, 26, 34]
 
 
 def test_of_the_candidates_the_one_chosen_is_exported_and_best_json_says_why(tiny_config, monkeypatch, capsys):
@@ -64,7 +75,7 @@ def test_of_the_candidates_the_one_chosen_is_exported_and_best_json_says_why(tin
     )
     summary = trainer.main(config)
     assert asked == [([2, 3, 5], [2, 3, 5])]  # each was drawn with, and scored
-    assert drawn[:6] == [24, 4, 24, 24, 24, 4]  # of the base all, of each candidate the portraits, of the best the rest
+    assert drawn[:10] == [8, 16, 4, 8, 8, 8, 16, 16, 16, 4]  # the base's, candidates' portraits, the best's others
     output = pathlib.Path(config.output_dir)
     folders = sorted(path.name for path in (output / "candidates").iterdir())
     assert folders == ["epoch-002", "epoch-003", "epoch-005"]  # no other epoch's files were kept

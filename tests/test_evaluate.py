@@ -25,7 +25,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from dataset import MangaFaceDataset
 from evaluation import judge, measures, pictures
-from evaluation.best_epoch import choose_best
+from evaluation.best_epoch import choose_best, race
 from evaluation.judge import Judge
 from evaluation.measures import ATTRIBUTES, LINE_ART, asked_for, line_art
 from evaluation.score import COSTS, PLAIN, POINTS, Ends, Evaluation, Score, bootstrap, values
@@ -322,17 +322,33 @@ def test_every_part_has_value_interval_and_n_and_without_ends_there_is_no_score(
     assert none.score is None and str(none).startswith("too few to judge") and none.as_json()["score"] == str(none)
 
 
-def test_the_highest_score_wins_and_what_it_beats_only_by_chance_wins_if_earlier():
+def test_the_highest_score_wins_and_without_scores_the_lowest_loss():
     ends, references = made_up_ends()
     good, alike, bad = (made_up(seed, shift=shift)[0] for seed, shift in ((3, 0.3), (4, 0.3), (5, 1.2)))
     scored = {epoch: Score(features, references, ends) for epoch, features in {4: bad, 6: good, 9: alike}.items()}
     assert scored[6].beats(scored[4]) and scored[9].beats(scored[4])
     assert not scored[6].beats(scored[9]) and not scored[9].beats(scored[6])
+    highest = max((6, 9), key=lambda number: scored[number].score)
     epoch, reason = choose_best([4, 6, 9], scored)
-    assert epoch == 6 and f"{scored[6].score:.2f}" in reason
-    assert choose_best([4, 6], {4: scored[6], 6: scored[6]})[0] == 4  # a tie
+    assert epoch == highest and f"{scored[highest].score:.2f}" in reason
+    assert choose_best([4, 6], {6: scored[6], 4: scored[6]})[0] == 4  # a tie
     assert choose_best([4, 6], {4: scored[4], 6: scored[6]})[0] == 6
     assert choose_best([4, 6], {})[0] == 4 and choose_best([4], scored)[0] == 4
+
+
+def test_candidates_that_cannot_win_draw_no_more_portraits_and_are_not_chosen():
+    ends, references = made_up_ends()
+    first = {3: made_up(3, shift=0.3)[0], 5: made_up(4, shift=0.3)[0], 7: made_up(5, shift=1.2)[0]}
+    judged = []
+
+    def judge(epoch, before):
+        judged.append((epoch, before is not None))
+        return Score(first[epoch], references, ends)
+
+    scored, left = race([3, 5, 7], judge)
+    assert judged == [(3, False), (5, False), (7, False), (3, True), (5, True)]
+    assert list(scored) == [3, 5, 7] and list(left) == [3, 5]
+    assert race([3], lambda *_: Score(first[3], references, None))[1] == {}  # too few faces: nothing to race by
 
 
 # All of it, on three styles: what must come out above what -------------------------------------------------------

@@ -69,7 +69,10 @@ class Cache:
         missing = self._missing(keys)
         barrier()  # everybody has looked before anybody writes
         if mine := [index for index in missing if int(keys[index][-8:], 16) % world == rank]:  # whatever others see
-            for number, tensor in enumerate(tqdm(make(mine), f"Encoding {what}", len(mine), disable=rank > 0)):
+            made = tqdm(
+                make(mine), f"Encoding {what}", len(mine), disable=rank > 0 or None
+            )  # None: a bar for a terminal
+            for number, tensor in enumerate(made):
                 if not number:
                     shares = [size[index] for index in missing] if size else [1.0] * len(missing)
                     needed = tensor.nbytes * sum(shares) / shares[missing.index(mine[0])] + BLOCK * len(missing)
