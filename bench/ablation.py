@@ -1,15 +1,13 @@
 """What does each ingredient do? The demo is trained again and again, with one thing changed, from several seeds.
 
-    python bench/ablation.py                            stage 1, 3 seeds: hours on two cores; goes on where it stopped
-    python bench/ablation.py --rows baseline,lr_x2 --seeds 1
-    python bench/ablation.py --stage 2                  the rest
-    python bench/ablation.py --rate 2e-3 --rows no_penalty --out FILE.json    from another learning rate
-    python bench/ablation.py --table                    the committed results as markdown
+    python bench/ablation.py                     all rows, 3 seeds: hours on two cores; goes on where it stopped
+    python bench/ablation.py --rows no_penalty,lr_x2 --seeds 1
+    python bench/ablation.py --table             the committed results as markdown
 
 A row changes constants, or swaps a function of the trainer's modules for another: what didn't earn its place needs no
 flag. Everything else is equal, the seeds included, so each row is compared with the baseline seed by seed. Of each
-run the exported file is scored: validation loss, the pictures' quality score, and whether they show what 288 prompts
-asked for, by attribute. Everything is kept in bench/.work, so an interrupted ablation loses minutes.
+run the exported file is scored: validation loss, the pictures' quality score, and whether they show what 96 prompts
+asked for, by attribute. Every run done is written into the result file at once, and isn't done again.
 """
 
 import argparse
@@ -20,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -34,11 +31,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-WORK, RESULTS = ROOT / "bench" / ".work", ROOT / "bench" / "results" / "ablation"
-
-ATTRIBUTE_PROMPTS = 288  # each attribute is asked for in half of them
-RARE, COMMON = ("beard", "flowers", "freckles"), ("glasses", "earrings", "smile", "long hair")
-SAMPLE_STEPS = 15  # denoising steps: the demo's 25 look the same, and pictures take most of the time
+WORK = ROOT / "bench" / ".work"
+RESULT = ROOT / "bench" / "results" / "ablation.json"
+ATTRIBUTE_PROMPTS = 96  # each attribute is asked for in half of them
+NEW = ("flowers", "glasses")  # which the base has never seen: of 250 faces, 12 have flowers, 25 glasses
+SAMPLE_STEPS = 15  # denoising steps: the demo's 20 look the same, and pictures take half of the time
 SAMPLE_SEED = 0  # of the pictures, whatever the training's: only the LoRA differs between runs
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # two-sided 95 % of Student's t, by degrees of freedom
 
@@ -71,16 +68,6 @@ def lora_plus(ratio: float) -> list:
         return finite
 
     return [(trainer, "build_model", build_and_mark), (trainer, "clip_and_step", step_at_two_rates)]
-
-
-def decay(low: float, high: float) -> list:
-    """Weight decay beyond what the constants allow: the sum of the learning rates is only about 0.2."""
-    import train_manga_lora
-
-    def decay_at(epoch, config):
-        return low + (high - low) * epoch / config.num_train_epochs
-
-    return [(train_manga_lora, "weight_decay_at", decay_at)]
 
 
 def redraw(change: Callable) -> list:
@@ -135,15 +122,29 @@ def texts(packs: bool) -> list:
     return [(train_manga_lora, "draw_batch", draw_some)]
 
 
-def draw_rare_faces(times: float) -> list:
-    """Not TF-IDF but an oracle: faces with one of RARE are `times` as rare as all others, before the clip."""
+def draw_flowers(times: float) -> list:
+    """Not TF-IDF but an oracle: faces with flowers are `times` as rare as all others, before the clip."""
     import numpy as np
 
     import dataset
 
     def rarities(self):
-        captions = [" ".join(self.faces[face].captions) for face in self.train]
-        return np.array([times if any(word in text for word in RARE) else 1.0 for text in captions])
+        return np.array([times if "flowers" in " ".join(self.faces[face].captions) else 1.0 for face in self.train])
+
+    return [(dataset.MangaFaceDataset, "_rarities", rarities)]
+
+
+def mean_idf() -> list:
+    """The weights of a former version: the mean over all words of a face's captions of how rare each is."""
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    import dataset
+
+    def rarities(self):
+        vectorizer = TfidfVectorizer(stop_words="english", norm=None)
+        found = vectorizer.fit_transform([" ".join(self.faces[face].captions) for face in self.train]) > 0
+        return np.asarray(found @ vectorizer.idf_ / found.sum(axis=1).A1)
 
     return [(dataset.MangaFaceDataset, "_rarities", rarities)]
 
@@ -152,7 +153,6 @@ def draw_rare_faces(times: float) -> list:
 class Row:
     """One change to the demo's training."""
 
-    stage: int
     says: str
     constants: dict = dataclasses.field(default_factory=dict)
     rate: float = 1.0  # times the baseline's learning rate
@@ -160,29 +160,29 @@ class Row:
 
 
 ROWS = {
-    "baseline": Row(1, "nothing"),
-    "weighting_off": Row(1, "every face once per epoch", {"weighting": "off"}),
-    "weighting_loss": Row(1, "rarity acts on the loss, not on the drawing", {"weighting": "loss"}),
-    "rare_drawn_more": Row(
-        1, "an oracle: faces with a beard, flowers, freckles get weight 2", swap=lambda: draw_rare_faces(4)
+    "baseline": Row("nothing"),
+    "weighting_off": Row("every face once per epoch", {"weighting": "off"}),
+    "weighting_loss": Row("rarity acts on the loss, not on the drawing", {"weighting": "loss"}),
+    "mean_idf": Row("weights by the mean over all words", swap=mean_idf),
+    "flowers_x2": Row("an oracle: faces with flowers get weight 2, the most there is", swap=lambda: draw_flowers(4)),
+    "flowers_half": Row(
+        "every second face drawn has flowers", {"weight_min": 0.1, "weight_max": 20.0}, swap=lambda: draw_flowers(19)
     ),
-    "no_penalty": Row(1, "penalty_factor 0", {"penalty_factor": 0.0}),
-    "penalty_x10": Row(1, "penalty_factor 1e-4", {"penalty_factor": 1e-4}),
-    "penalty_x01": Row(2, "penalty_factor 1e-6", {"penalty_factor": 1e-6}),
-    "no_decay": Row(1, "no weight decay", {"min_weight_decay": 0.0, "max_weight_decay": 0.0}),
-    "decay_x1e4": Row(1, "weight decay 0.1 to 0.999", {"min_weight_decay": 0.1, "max_weight_decay": 0.999}),
-    "decay_x1e5": Row(1, "weight decay 1 to 10", swap=lambda: decay(1.0, 10.0)),
-    "lora_plus_4": Row(1, "LoRA+: B learns 4 times as fast as A", swap=lambda: lora_plus(4)),
-    "lr_x2": Row(1, "learning rate x 2", rate=2),
-    "lr_x4": Row(1, "learning rate x 4", rate=4),
-    "lr_x8": Row(2, "learning rate x 8", rate=8),
-    "lora_plus_16": Row(2, "LoRA+: B learns 16 times as fast as A", swap=lambda: lora_plus(16)),
-    "lr_x05": Row(2, "learning rate x 0.5", rate=0.5),
-    "no_dropout": Row(2, "caption dropout off", {"caption_dropout": 0.0}),
-    "uniform_timesteps": Row(2, "independent timesteps", swap=uniform_timesteps),
-    "min_snr_5": Row(2, "min-SNR weighting, gamma 5", swap=lambda: min_snr(5.0)),
-    "joined_captions": Row(2, "only the joined captions", swap=lambda: texts(packs=True)),
-    "single_captions": Row(2, "only single captions", swap=lambda: texts(packs=False)),
+    "no_penalty": Row("penalty_factor 0", {"penalty_factor": 0.0}),
+    "penalty_x10": Row("penalty_factor 1e-4", {"penalty_factor": 1e-4}),
+    "no_decay": Row("no weight decay", {"min_weight_decay": 0.0, "max_weight_decay": 0.0}),
+    "decay_x1e4": Row("weight decay 0.1 to 0.999", {"min_weight_decay": 0.1, "max_weight_decay": 0.999}),
+    "no_dropout": Row("caption dropout off", {"caption_dropout": 0.0}),
+    "uniform_timesteps": Row("independent timesteps", swap=uniform_timesteps),
+    "min_snr_5": Row("min-SNR weighting, gamma 5", swap=lambda: min_snr(5.0)),
+    "lora_plus_16": Row("LoRA+: B learns 16 times as fast as A", swap=lambda: lora_plus(16)),
+    "lr_x05": Row("learning rate x 0.5", rate=0.5),
+    "lr_x2": Row("learning rate x 2", rate=2),
+    "lr_x4": Row("learning rate x 4", rate=4),
+    "rank_4": Row("rank 4, alpha 8", {"lora_rank": 4, "lora_alpha": 8}),
+    "rank_32": Row("rank 32, alpha 64", {"lora_rank": 32, "lora_alpha": 64}),
+    "single_captions": Row("only single captions", swap=lambda: texts(packs=False)),
+    "joined_captions": Row("only the joined captions", swap=lambda: texts(packs=True)),
 }
 
 
@@ -225,7 +225,7 @@ EVALUATION = []  # of this process: the base's pictures and the faces are the sa
 
 
 def evaluation():
-    """The demo's, but with 288 prompts that ask for attributes."""
+    """The demo's, but with more prompts that ask for attributes."""
     if not EVALUATION:
         import torch
 
@@ -251,48 +251,40 @@ def evaluation():
     return EVALUATION[0]
 
 
-def run(job: tuple[str, int, int, float, Path]) -> dict:
-    """Train and score one row from one seed, unless that is done already."""
-    import numpy as np
+def settings_of(epochs: int, rate: float) -> dict:
+    """What runs must have in common to be compared."""
+    return {"epochs": epochs, "learning_rate": rate, "sample_steps": SAMPLE_STEPS, "prompts": ATTRIBUTE_PROMPTS}
+
+
+def run(job: tuple[str, int, int, float]) -> dict:
+    """Train and score one row from one seed; a training that was interrupted goes on."""
     from bench_training import git_commit
 
-    row, seed, epochs, rate, folder = job
-    file = folder / "result.json"
-    drawn = {"learning_rate": rate, "sample_steps": SAMPLE_STEPS, "prompts": ATTRIBUTE_PROMPTS}
-    if file.is_file():
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if result["drawn"] != drawn:
-            raise RuntimeError(f"{file} is of {result['drawn']}, not of {drawn}: delete {folder}")
-        return result
-    started, pictures = time.time(), folder / "pictures.npz"  # kept: scoring may change, drawing takes long
+    row, seed, epochs, rate = job
+    started, folder = time.time(), WORK / f"{epochs}-epochs-{rate:g}" / f"{row}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         summary = train(row, seed, epochs, rate, folder / "run")
-        if not pictures.is_file():
-            score = evaluation().judge(Path(summary["lora_safetensors"]))
-            np.savez_compressed(pictures, pictures=score.features.pixels)
-        score = evaluation().judge_pictures(list(np.load(pictures)["pictures"]))
-    accuracy = {name: (1 + score.value[f"adherence: {name}"]) / 2 for name in (*RARE, *COMMON)}
-    result = {
+        score = evaluation().judge(Path(summary["lora_safetensors"]))
+    accuracy = {
+        name.removeprefix("adherence: "): (1 + value) / 2
+        for name, value in score.value.items()
+        if name.startswith("adherence: ")
+    }
+    parts = {name: score.value[f"points: {name}"] for name in ("style", "set distance", "coherence", "adherence")}
+    return {
         "row": row,
         "seed": seed,
-        "epochs": epochs,
-        "drawn": drawn,
+        "settings": settings_of(epochs, rate),
         "commit": git_commit(),
         "steps": summary["optimizer_steps"],
         "val_losses": [loss for _, loss, _ in summary["history"]],
         "score": score.score,
-        "parts": {
-            name: score.value[f"points: {name}"]
-            for name in ("style", "set distance", "coherence", "adherence", "novelty", "diversity")
-        },
+        "parts": parts,
         "accuracy": accuracy,
-        "rare": statistics.fmean(accuracy[name] for name in RARE),
-        "common": statistics.fmean(accuracy[name] for name in COMMON),
-        "seconds": time.time() - started,
+        "known": statistics.fmean(value for name, value in accuracy.items() if name not in NEW),
+        "seconds": round(time.time() - started),
     }
-    file.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    return result
 
 
 # The table -------------------------------------------------------------------------------------------------------
@@ -319,8 +311,9 @@ def summarize(results: list[dict]) -> list[dict]:
         for figure, of in {
             "val_loss": lambda r: min(r["val_losses"][1:]),
             "score": lambda r: r["score"],
-            "rare": lambda r: r["rare"],
-            "common": lambda r: r["common"],
+            "flowers": lambda r: r["accuracy"]["flowers"],
+            "glasses": lambda r: r["accuracy"]["glasses"],
+            "known": lambda r: r["known"],
             "steps": lambda r: steps_to(r["val_losses"], base[r["seed"]]["val_losses"][-1], r["steps"]) / r["steps"],
         }.items():
             values = [of(result) for result in runs]
@@ -339,56 +332,41 @@ def summarize(results: list[dict]) -> list[dict]:
     return rows
 
 
-def results_table(paths: list[Path]) -> str:
-    """The result files as markdown; docs/results.md holds it."""
-    tables = []
-    for path in paths:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        head = [
-            "row",
-            "what is changed",
-            "validation loss",
-            "score, 0 to 10",
-            "rare attributes",
-            "common attributes",
-            "steps to the baseline's loss",
-        ]
-        lines = [head, ["---"] * len(head)]
-        for row in summarize(content["runs"]):
-            cells = []
-            for figure, digits, unit in (("val_loss", 5, 1), ("score", 2, 1), ("rare", 1, 100), ("common", 1, 100)):
-                cell = row[figure]
-                text = f"{unit * cell['mean']:.{digits}f}"
-                if row["row"] != "baseline":
-                    half = f" ± {unit * cell['half_interval']:.{digits}f}" if cell["half_interval"] is not None else ""
-                    text += f" ({unit * cell['difference']:+.{digits}f}{half})"
-                cells.append(text)
-            reached, by = row["steps"]["mean"], row["steps"]["known"]
-            cells.append(f"x {reached:.2f}" if reached is not None else f"by {by} of {row['seeds']}" if by else "never")
-            lines.append([row["row"], ROWS[row["row"]].says, *cells])
-        seeds = len({run["seed"] for run in content["runs"]})
-        pictures, epochs = content["pictures"], content["epochs"]
-        tables.append(
-            f"{content['device']}; {epochs} epochs from learning rate {content['learning_rate']:g}, {seeds} "
-            f"seeds, {pictures} pictures a run; torch {content['versions']['torch']}; {content['date']}, "
-            f"commit {', '.join(content['commits'])}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        )
-    return "\n\n".join(tables)
+def results_table(content: dict) -> str:
+    """A result file's content as markdown; docs/results.md holds it."""
+    head = ["row", "what is changed", "seeds", "validation loss", "score, 0 to 10", "flowers, %", "glasses, %"]
+    lines = [head := [*head, "known attributes, %", "steps to the baseline's loss"], ["---"] * len(head)]
+    figures = (("val_loss", 5, 1), ("score", 2, 1), ("flowers", 1, 100), ("glasses", 1, 100), ("known", 1, 100))
+    for row in summarize(content["runs"]):
+        cells = []
+        for figure, digits, unit in figures:
+            cell = row[figure]
+            text = f"{unit * cell['mean']:.{digits}f}"
+            if row["row"] != "baseline":
+                half = f" ± {unit * cell['half_interval']:.{digits}f}" if cell["half_interval"] is not None else ""
+                text += f" ({unit * cell['difference']:+.{digits}f}{half})"
+            cells.append(text)
+        reached, by = row["steps"]["mean"], row["steps"]["known"]
+        cells.append(f"x {reached:.2f}" if reached is not None else f"by {by} of {row['seeds']}" if by else "never")
+        lines.append([row["row"], ROWS[row["row"]].says, str(row["seeds"]), *cells])
+    settings = content["settings"]
+    return (
+        f"{content['device']}; {settings['epochs']} epochs from learning rate {settings['learning_rate']:g}; torch "
+        f"{content['versions']['torch']}; {content['date']}, commit {', '.join(content['commits'])}:\n\n"
+    ) + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--rows", help="names, with commas; default: all of the stage, and the baseline")
+    parser.add_argument("--rows", help="names, with commas; default: all, and always the baseline")
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, 2, ...")
-    parser.add_argument("--epochs", type=int, default=10, help="of each run; 10 is a third of the demo's")
-    parser.add_argument("--rate", type=float, default=5e-4, help="the baseline's learning rate")
+    parser.add_argument("--epochs", type=int, default=10, help="of each run; 10 is half of the demo's")
+    parser.add_argument("--rate", type=float, default=4e-3, help="the baseline's learning rate; the demo's is 4e-3")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, help="default: bench/results/ablation/stage1.json")
-    parser.add_argument("--table", action="store_true", help="print the committed results and do nothing else")
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: bench/results/ablation.json")
+    parser.add_argument("--table", action="store_true", help="print the results as markdown and do nothing else")
     args = parser.parse_args(words)
-    stage = [name for name, row in ROWS.items() if row.stage == args.stage]
-    args.rows = args.rows.split(",") if args.rows else stage
+    args.rows = args.rows.split(",") if args.rows else list(ROWS)
     for name in args.rows:
         if name not in ROWS:
             parser.error(f"--rows: {name!r} is not one of {', '.join(ROWS)}")
@@ -397,7 +375,6 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     if args.epochs < 1 or args.processes < 1 or not 0 < args.rate < 1:
         parser.error("--epochs and --processes must be at least 1, --rate above 0 and below 1")
     args.rows = list(dict.fromkeys(["baseline", *args.rows]))  # what all others are compared with
-    args.out = args.out or RESULTS / f"stage{args.stage}.json"
     return args
 
 
@@ -407,49 +384,52 @@ def start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def main(words: list[str]) -> None:
-    args = parse_arguments(words)
-    if args.table:
-        print(results_table(sorted(RESULTS.glob("*.json"))))
-        return
+def write_results(path: Path, results: list[dict], settings: dict) -> dict:
+    """All runs so far, in the rows' order; returns the file's content."""
     from bench_training import describe_machine
 
-    work = WORK / f"{args.epochs}-epochs-{args.rate:g}"
-    jobs = [
-        (row, seed, args.epochs, args.rate, work / f"{row}-seed{seed}")
-        for seed in range(args.seeds)
-        for row in args.rows
-    ]
-    results = []
+    results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
+    content = {
+        "device": describe_machine("cpu")[0],
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
+        "date": time.strftime("%Y-%m-%d"),
+        "commits": sorted({result["commit"] for result in results}),
+        "settings": settings,
+        "summary": summarize(results),
+        "runs": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
+
+
+def main(words: list[str]) -> None:
+    args = parse_arguments(words)
+    settings = settings_of(args.epochs, args.rate)
+    results = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.is_file() else []
+    if args.table:
+        print(results_table(json.loads(args.out.read_text(encoding="utf-8"))))
+        return
+    if any(result["settings"] != settings for result in results):
+        raise SystemExit(f"{args.out} is not of {settings}: name another file with --out")
+    done = {(result["row"], result["seed"]) for result in results}
+    wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows]
+    jobs = [(row, seed, args.epochs, args.rate) for row, seed in wanted if (row, seed) not in done]
     threads = max(1, (os.cpu_count() or 1) // args.processes)
     with multiprocessing.get_context("spawn").Pool(args.processes, start_worker, (threads,)) as pool:
-        for result in pool.imap_unordered(run, jobs):
+        for number, result in enumerate(pool.imap_unordered(run, jobs), start=1):
             results.append(result)
+            write_results(args.out, results, settings)
             print(
-                f"{time.strftime('%H:%M:%S')} {len(results)}/{len(jobs)} {result['row']} seed {result['seed']}: "
+                f"{time.strftime('%H:%M:%S')} {number}/{len(jobs)} {result['row']} seed {result['seed']}: "
                 f"validation loss {min(result['val_losses'][1:]):.5f}, score {result['score']:.2f}, "
-                f"rare {result['rare']:.3f}, common {result['common']:.3f}, {result['seconds']:.0f} s",
+                f"flowers {result['accuracy']['flowers']:.3f}, glasses {result['accuracy']['glasses']:.3f}, "
+                f"known {result['known']:.3f}, {result['seconds']} s",
                 flush=True,
             )
         pool.close()
         pool.join()  # leaving the block would end the workers in mid-goodbye
-    device, _ = describe_machine("cpu")
-    results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
-    content = {
-        "device": device,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
-        "date": time.strftime("%Y-%m-%d"),
-        "commits": sorted({result["commit"] for result in results}),
-        "command": shlex.join(["python", "bench/ablation.py", *words]),
-        "epochs": args.epochs,
-        "learning_rate": args.rate,
-        "pictures": 40 + ATTRIBUTE_PROMPTS,
-        "summary": summarize(results),
-        "runs": results,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(results_table([args.out]))
+    print(results_table(write_results(args.out, results, settings)))
 
 
 if __name__ == "__main__":

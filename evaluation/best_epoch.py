@@ -22,8 +22,8 @@ MOST_KEPT = 8  # candidates; at most four of them are scored
 
 
 def candidate_epochs(history: list[Validated]) -> list[int]:
-    """Epochs that may be the best, earliest first: not before the validation minimum, and within one standard error of
-    it. Where these are many, every second, or every fourth ... of all after the minimum, so that their files stay few.
+    """Epochs that may be the best, earliest first: from the validation minimum on, for pictures often gain after it.
+    Where these are many, every second of them, or every fourth ..., so that their files stay few.
 
     Empty before the first epoch's validation, and where nothing is held out.
     """
@@ -31,11 +31,10 @@ def candidate_epochs(history: list[Validated]) -> list[int]:
     if not rows:
         return []
     best = min(rows, key=lambda row: row.loss)  # the earliest of equals
-    near = [row.epoch for row in rows if row.epoch >= best.epoch and row.loss <= best.loss + best.error]
-    every = 1
-    while len(kept := [epoch for epoch in near if (epoch - best.epoch) % every == 0]) > MOST_KEPT:
+    later, every = [row.epoch for row in rows if row.epoch >= best.epoch], 1
+    while len(later[::every]) > MOST_KEPT:
         every *= 2  # what is kept then was kept before
-    return kept
+    return later[::every]
 
 
 def converged_epoch(state: TrainingState) -> int | None:
@@ -74,7 +73,7 @@ def choose_best(epochs: list[int], scored: dict[int, Score]) -> tuple[int, str]:
     candidate: the lowest validation loss.
     """
     if len(epochs) == 1:
-        return epochs[0], "the only candidate: no later epoch is within a standard error of the lowest validation loss"
+        return epochs[0], "the only candidate"
     if not scored:
         return epochs[0], "the lowest validation loss (no scores: no pictures, or too few held-out faces)"
     best = max(sorted(scored), key=lambda epoch: scored[epoch].score)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import evaluate_lora
 import train_manga_lora as trainer
 from dataset import MangaFaceDataset
 from lora_layers import lora_parameters
@@ -103,17 +102,35 @@ def test_caption_rows_draw_only_their_kind_and_leave_the_data_set_alone(faces, m
     assert faces.text_indices == before
 
 
-def test_decay_beyond_the_constants_and_oracle_weights_are_what_their_rows_say(monkeypatch, shared_faces):
-    config = trainer.TrainingConfig(num_train_epochs=4)
-    swapped(monkeypatch, ablation.ROWS["decay_x1e5"].swap())
-    assert [trainer.weight_decay_at(epoch, config) for epoch in range(4)] == [1.0, 3.25, 5.5, 7.75]
-    swapped(monkeypatch, ablation.ROWS["rare_drawn_more"].swap())
-    faces = MangaFaceDataset(shared_faces, shared_faces / "modified_face_250.json", 64)
+def rare_faces(shared_faces, monkeypatch, row):
+    """(the weights, whether each training face has flowers), with this row's swap and constants."""
+    with monkeypatch.context() as patch:
+        swapped(patch, ablation.ROWS[row].swap())
+        faces = MangaFaceDataset(
+            shared_faces, shared_faces / "modified_face_250.json", 64, **ablation.ROWS[row].constants
+        )
     captions = [" ".join(faces.faces[face].captions) for face in faces.train]
-    rare = np.array([any(word in text for word in ablation.RARE) for text in captions])
-    assert rare.any() and len(set(faces.weights[rare])) == len(set(faces.weights[~rare])) == 1
-    assert faces.weights[rare][0] == pytest.approx(2.0) and faces.weights[~rare][0] < 1
-    assert faces.weights.mean() == pytest.approx(1)
+    return faces.weights, np.array(["flowers" in text for text in captions]), captions
+
+
+def test_the_oracles_draw_faces_with_flowers_as_often_as_their_rows_say(shared_faces, monkeypatch):
+    weights, rare, _ = rare_faces(shared_faces, monkeypatch, "flowers_x2")
+    assert rare.any() and len(set(weights[rare])) == len(set(weights[~rare])) == 1
+    assert weights[rare][0] == pytest.approx(2.0) and weights[~rare][0] < 1
+    assert weights.mean() == pytest.approx(1)
+    weights, rare, _ = rare_faces(shared_faces, monkeypatch, "flowers_half")
+    assert weights[rare][0] / weights[~rare][0] == pytest.approx(19) and weights.mean() == pytest.approx(1)
+
+
+def test_the_former_weights_are_the_mean_idf_of_all_words(shared_faces, monkeypatch):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    weights, _, captions = rare_faces(shared_faces, monkeypatch, "mean_idf")
+    vectorizer = TfidfVectorizer(stop_words="english").fit(captions)
+    rarity = dict(zip(vectorizer.get_feature_names_out(), vectorizer.idf_, strict=True))
+    words = [set(vectorizer.build_analyzer()(text)) for text in captions]
+    raw = np.array([sum(rarity[word] for word in some) / len(some) for some in words])
+    assert np.allclose(weights, raw / raw.mean(), rtol=1e-6)  # nothing is so rare that it is clipped
 
 
 def test_constants_of_all_rows_are_constants_of_the_trainer():
@@ -135,25 +152,25 @@ def result(row, seed, losses, **figures):
 
 
 def test_rows_are_compared_with_the_baseline_seed_by_seed():
-    figures = {"score": 5.0, "rare": 0.7, "common": 0.7}
+    figures = {"score": 5.0, "accuracy": {"flowers": 0.7, "glasses": 0.7}, "known": 0.7}
     runs = [result("baseline", seed, [1.0, 0.8, 0.6 + 0.1 * seed], **figures) for seed in range(3)]
     runs += [
-        result("lr_x2", seed, [1.0, 0.6 + 0.1 * seed, 0.5 + 0.1 * seed], **figures | {"rare": rare})
-        for seed, rare in enumerate((0.8, 0.81, 0.82))
+        result("lr_x2", seed, [1.0, 0.6 + 0.1 * seed, 0.5 + 0.1 * seed], **figures | {"known": known})
+        for seed, known in enumerate((0.8, 0.81, 0.82))
     ]
     runs += [result("no_decay", seed, [1.0, 0.9, 0.85], **figures) for seed in range(3)]
     rows = {row["row"]: row for row in ablation.summarize(runs)}
     faster = rows["lr_x2"]
     assert faster["val_loss"]["difference"] == pytest.approx(-0.1)
     assert faster["val_loss"]["half_interval"] == pytest.approx(0, abs=1e-9)  # seeds differ, their differences don't
-    assert faster["rare"]["difference"] == pytest.approx(0.11)
-    assert faster["rare"]["half_interval"] == pytest.approx(4.303 * 0.01 / math.sqrt(3))
+    assert faster["known"]["difference"] == pytest.approx(0.11)
+    assert faster["known"]["half_interval"] == pytest.approx(4.303 * 0.01 / math.sqrt(3))
     assert faster["steps"]["mean"] == pytest.approx(0.5)
     assert rows["no_decay"]["steps"]["mean"] is None  # never got there
 
 
 @pytest.mark.long
-def test_a_run_trains_with_its_swap_scores_and_is_not_repeated(tiny_base, shared_faces, tmp_path, monkeypatch):
+def test_a_run_trains_with_its_swap_is_scored_and_is_not_done_again(tiny_base, shared_faces, tmp_path, monkeypatch):
     monkeypatch.setattr(
         trainer,
         "DEMO",
@@ -170,35 +187,32 @@ def test_a_run_trains_with_its_swap_scores_and_is_not_repeated(tiny_base, shared
     )
     for name, value in {"WORK": tmp_path, "ATTRIBUTE_PROMPTS": 32, "SAMPLE_STEPS": 1, "EVALUATION": []}.items():
         monkeypatch.setattr(ablation, name, value)
-    jobs = {row: (row, 0, 2, 1e-3, tmp_path / row) for row in ("baseline", "min_snr_5")}
-    results = {row: ablation.run(job) for row, job in jobs.items()}
+    results = {row: ablation.run((row, 0, 2, 1e-3)) for row in ("baseline", "min_snr_5")}
     assert trainer.draw_batch is denoising.draw_batch  # the swap was put back
     assert results["baseline"]["val_losses"][0] == results["min_snr_5"]["val_losses"][0]
     assert results["baseline"]["val_losses"][1:] != results["min_snr_5"]["val_losses"][1:]
-    assert len(results["baseline"]["val_losses"]) == 3 and 0 <= results["baseline"]["rare"] <= 1
-    assert "Validation Loss" in (tmp_path / "baseline" / "log.txt").read_text(encoding="utf-8")
-    train = ablation.train
-    monkeypatch.setattr(ablation, "train", lambda *_: pytest.fail("trained again"))
-    assert ablation.run(jobs["baseline"]) == results["baseline"]
-    with pytest.raises(RuntimeError, match="delete"), monkeypatch.context() as patch:
-        patch.setattr(ablation, "SAMPLE_STEPS", 2)  # pictures of other settings are never mixed in
-        ablation.run(jobs["baseline"])
-    (tmp_path / "baseline" / "result.json").unlink()  # the score changed: pictures and training are still there
-    monkeypatch.setattr(ablation, "train", train)
-    monkeypatch.setattr(evaluate_lora.Evaluation, "judge", lambda *_: pytest.fail("drawn again"))
-    again = ablation.run(jobs["baseline"])
-    assert again | {"seconds": 0} == results["baseline"] | {"seconds": 0}
+    assert len(results["baseline"]["val_losses"]) == 3 and 0 <= results["baseline"]["known"] <= 1
+    log = tmp_path / "2-epochs-0.001" / "baseline-seed0" / "log.txt"
+    assert "Validation Loss" in log.read_text(encoding="utf-8")
+
+    file, words = tmp_path / "results.json", ["--rows", "min_snr_5", "--seeds", "1", "--epochs", "2"]
+    ablation.write_results(file, list(results.values()), ablation.settings_of(2, 1e-3))
+    monkeypatch.setattr(ablation, "run", lambda *_: pytest.fail("trained again"))
+    ablation.main([*words, "--rate", "1e-3", "--out", str(file)])
+    assert [run["row"] for run in json.loads(file.read_text())["runs"]] == ["baseline", "min_snr_5"]
+    with pytest.raises(SystemExit, match="name another file"):  # runs of other settings are never mixed in
+        ablation.main([*words, "--rate", "2e-3", "--out", str(file)])
 
 
-@pytest.mark.parametrize("words", [["--rows", "nothing"], ["--seeds", "0"], ["--epochs", "0"], ["--stage", "3"]])
+@pytest.mark.parametrize("words", [["--rows", "nothing"], ["--seeds", "0"], ["--epochs", "0"], ["--rate", "2"]])
 def test_bad_arguments_end_with_exit_code_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
         ablation.parse_arguments(words)
     assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_the_committed_results_are_those_of_all_rows_of_stage_1():
-    content = json.loads((ROOT / "bench" / "results" / "ablation" / "stage1.json").read_text(encoding="utf-8"))
-    assert {run["row"] for run in content["runs"]} == {name for name, row in ablation.ROWS.items() if row.stage == 1}
-    assert content["pictures"] >= 288
+def test_the_committed_results_are_of_the_demo_s_rate_and_add_up():
+    content = json.loads(ablation.RESULT.read_text(encoding="utf-8"))
+    assert {run["row"] for run in content["runs"]} <= ablation.ROWS.keys()
+    assert content["settings"]["learning_rate"] == trainer.DEMO["learning_rate"]
     assert ablation.summarize(content["runs"]) == content["summary"]

@@ -461,7 +461,7 @@ def test_real_faces_of_the_other_half_get_nearly_all_and_every_damage_costs_2_po
     assert real.score > 0.85 * real.maximum, str(real)
     assert evaluation.of_base.score == pytest.approx(0, abs=1e-9) and real.interval("points: score")[0] > 2
     faces = np.stack(evaluation.references.other_pixels)
-    print()
+    print(f"\nthe judge catches {evaluation.references.judge.caught:.2f} of damaged faces")
     for name, damage in DAMAGE.items():
         score = evaluation.judge_pictures(list(damage(faces)), real.features.texts)
         print(f"{name:26s} {score.cell('score')} of {score.maximum}; real {real.cell('score')}")
