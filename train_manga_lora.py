@@ -243,8 +243,8 @@ def main(config: TrainingConfig, process_start: float | None = None) -> dict:
     epoch, and on Ctrl-C. Ctrl-C ends the run at once while faces are read or encoded, pictures are drawn, or the best
     epoch is exported, since all that matters is on disk then; during training the current step is finished first.
 
-    Which epoch is exported: from the epoch of the lowest validation loss on, the one whose pictures score best.
-    Without pictures the lowest loss decides; without held-out faces, the last.
+    Which epoch is exported: from the epoch of the lowest validation loss on, the earliest whose pictures score as well
+    as any, within a standard error. Without pictures the lowest loss decides; without held-out faces, the last.
 
     Where to change what: the loss, training/denoising.py; the weighting, dataset.py; the captions' format,
     training/layouts.py; the optimizer, training/model.py; the LoRA formula, and which projections carry LoRA,

@@ -69,15 +69,20 @@ def prune_candidates(folder: Path, state: TrainingState) -> None:
 
 
 def choose_best(epochs: list[int], scored: dict[int, Score]) -> tuple[int, str]:
-    """(the best of the candidate epochs, why): the highest score, the earliest of equals. Without scores the first
-    candidate: the lowest validation loss.
+    """(the best of the candidate epochs, why): the earliest whose score is within one standard error of the highest,
+    for what is learnt by heart is learnt late (the rule of Breiman et al. 1984 for choosing the simpler model).
+    Without scores the first candidate: the lowest validation loss.
     """
     if len(epochs) == 1:
         return epochs[0], "the only candidate"
     if not scored:
         return epochs[0], "the lowest validation loss (no scores: no pictures, or too few held-out faces)"
-    best = max(sorted(scored), key=lambda epoch: scored[epoch].score)
-    return best, f"the highest score of the candidates: {scored[best].score:.2f}"
+    highest = max(sorted(scored), key=lambda epoch: scored[epoch].score)
+    best = next(epoch for epoch in sorted(scored) if not scored[highest].beats(scored[epoch], errors=1))
+    if best == highest:
+        return best, f"the highest score of the candidates: {scored[best].score:.2f}"
+    which = f"the highest, {scored[highest].score:.2f} of epoch {highest}"
+    return best, f"the earliest whose score, {scored[best].score:.2f}, is within a standard error of {which}"
 
 
 def race(epochs: list[int], judge: Callable[[int, Score | None], Score]) -> tuple[dict[int, Score], dict[int, Score]]:

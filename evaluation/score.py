@@ -260,10 +260,10 @@ class Score:
         known = self.samples[name][np.isfinite(self.samples[name])]
         return np.percentile(known, [2.5, 97.5]).tolist() if len(known) else [math.nan, math.nan]
 
-    def beats(self, other: "Score", name: str = "points: score") -> bool:
-        """Whether this is higher by more than chance: the interval of the paired difference is above 0."""
-        difference = self.samples[name] - other.samples[name]
-        return bool(np.percentile(difference[np.isfinite(difference)], 2.5) > 0)
+    def beats(self, other: "Score", errors: float = 2) -> bool:
+        """Whether this score is higher by more than so many standard errors of their paired difference."""
+        difference = self.samples["points: score"] - other.samples["points: score"]
+        return self.score - other.score > errors * float(np.nanstd(difference))
 
     def cell(self, part: str) -> str:
         """A part's points and their interval, for a table."""

@@ -6,6 +6,7 @@ tests/demo_lora holds the demo's LoRA at rank 4, after five of its epochs, tests
 write_demo_lora.py and write_styles.py there make them anew.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -28,7 +29,7 @@ from evaluation import judge, measures, pictures
 from evaluation.best_epoch import choose_best, race
 from evaluation.judge import Judge
 from evaluation.measures import ATTRIBUTES, LINE_ART, asked_for, line_art
-from evaluation.score import COSTS, PLAIN, POINTS, Ends, Evaluation, Score, bootstrap, values
+from evaluation.score import COSTS, PLAIN, POINTS, RESAMPLES, Ends, Evaluation, Score, bootstrap, values
 from train_manga_lora import DEMO, TrainingConfig
 from training.bases import resolution_unit
 from training.pictures import load_image
@@ -322,18 +323,22 @@ def test_every_part_has_value_interval_and_n_and_without_ends_there_is_no_score(
     assert none.score is None and str(none).startswith("too few to judge") and none.as_json()["score"] == str(none)
 
 
-def test_the_highest_score_wins_and_without_scores_the_lowest_loss():
+def test_the_earliest_epoch_within_a_standard_error_of_the_highest_score_is_chosen():
     ends, references = made_up_ends()
     good, alike, bad = (made_up(seed, shift=shift)[0] for seed, shift in ((3, 0.3), (4, 0.3), (5, 1.2)))
     scored = {epoch: Score(features, references, ends) for epoch, features in {4: bad, 6: good, 9: alike}.items()}
     assert scored[6].beats(scored[4]) and scored[9].beats(scored[4])
     assert not scored[6].beats(scored[9]) and not scored[9].beats(scored[6])
-    highest = max((6, 9), key=lambda number: scored[number].score)
     epoch, reason = choose_best([4, 6, 9], scored)
-    assert epoch == highest and f"{scored[highest].score:.2f}" in reason
-    assert choose_best([4, 6], {6: scored[6], 4: scored[6]})[0] == 4  # a tie
+    assert epoch == 6 and f"{scored[6].score:.2f}" in reason
+    assert choose_best([4, 6], {4: scored[6], 6: scored[6]})[0] == 4  # a tie
     assert choose_best([4, 6], {4: scored[4], 6: scored[6]})[0] == 6
     assert choose_best([4, 6], {})[0] == 4 and choose_best([4], scored)[0] == 4
+    ahead, behind = scored[6], copy.copy(scored[6])
+    behind.score, spread = ahead.score - 0.5, np.resize([-1.0, 1.0], RESAMPLES)  # of a deviation of 1
+    for error, best in ((0.45, 6), (0.55, 4)):
+        behind.samples = {"points: score": ahead.samples["points: score"] + error * spread}
+        assert choose_best([4, 6], {4: behind, 6: ahead})[0] == best
 
 
 def test_candidates_that_cannot_win_draw_no_more_portraits_and_are_not_chosen():
