@@ -32,7 +32,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 WORK = ROOT / "bench" / ".work"
-RESULT = ROOT / "bench" / "results" / "ablation.json"
+RESULT = ROOT / "bench" / "results" / "ablation" / "demo.json"
 ATTRIBUTE_PROMPTS = 96  # each attribute is asked for in half of them
 NEW = ("flowers", "glasses")  # which the base has never seen: of 250 faces, 12 have flowers, 25 glasses
 SAMPLE_STEPS = 15  # denoising steps: the demo's 20 look the same, and pictures take half of the time
@@ -363,7 +363,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10, help="of each run; 10 is half of the demo's")
     parser.add_argument("--rate", type=float, default=4e-3, help="the baseline's learning rate; the demo's is 4e-3")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=RESULT, help="default: bench/results/ablation.json")
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: bench/results/ablation/demo.json")
     parser.add_argument("--table", action="store_true", help="print the results as markdown and do nothing else")
     args = parser.parse_args(words)
     args.rows = args.rows.split(",") if args.rows else list(ROWS)

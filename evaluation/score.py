@@ -9,7 +9,6 @@ What is compared are portraits: pictures drawn for the captions of held-out face
 """
 
 import contextlib
-import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -347,8 +346,10 @@ class Evaluation:
         """Of all jobs, given the first ones' pictures. In parts, the same ones each time: what passes together makes
         results differ by rounding.
         """
-        ends = [len(drawn), *(end for end in (FIRST, self.jobs.portraits, len(self.jobs.prompts)) if end > len(drawn))]
-        return drawn + [picture for part in itertools.pairwise(ends) for picture in self._draw(range(*part))]
+        portraits = self.jobs.portraits
+        for end in (min(FIRST, portraits), portraits, len(self.jobs.prompts)):
+            drawn = drawn + (self._draw(range(len(drawn), end)) if end > len(drawn) else [])
+        return drawn
 
     def _features(self, pixels: list[np.ndarray], texts: list[str] | None = None, are_prompts: bool = True) -> Features:
         texts, portraits = (self.jobs.prompts, self.jobs.portraits) if texts is None else (texts, len(texts))
