@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 TEMPORARY = re.compile(r".+\.(\d+)\.tmp")  # what process number ... is writing
@@ -121,6 +122,14 @@ def flush_to_disk(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def grouped(things: Iterable, keys: Iterable) -> dict:
+    """{key: the things that have it}, things and keys in the order in which they come."""
+    groups: dict = {}
+    for thing, key in zip(things, keys, strict=True):
+        groups.setdefault(key, []).append(thing)
+    return groups
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
-from training.files import InputError, printable
+from training.files import InputError, grouped, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".avif", ".gif", ".tif", ".tiff")
 OTHER_PICTURES = (".heic", ".heif", ".jp2", ".jxl", ".tga", ".psd", ".svg")
@@ -134,8 +134,8 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict]) -> Path
             for key in {os.path.splitext(file)[0], file}:
                 listings[folder].setdefault(_key(key), []).append(folder / file)
     matches = listings[folder].get(_key(posix.name), [])
-    same = [path for path in matches if posix.name in (path.name, os.path.splitext(path.name)[0])]
-    matches = same or matches  # the same characters before the same text in another normal form
+    # the same characters before the same text in another normal form
+    matches = [path for path in matches if posix.name in (path.name, os.path.splitext(path.name)[0])] or matches
     if len(matches) > 1:
         files = " and ".join(path.name for path in matches)
         raise InputError(f"image_name {name[:80]!r} matches {files} in {folder}: remove one, or write its suffix too")
@@ -307,9 +307,8 @@ def _pair_sidecars(root: Path, folder: Path, default: str = "", repeats: int = 1
     Each line of `image.txt` or `image.caption` is a caption of `image.png`. Pictures without a sidecar get the
     caption `default`, or are left out if that is "".
     """
-    pictures: dict[str, list[str]] = {}
-    for picture in _files(folder, IMAGE_SUFFIXES):
-        pictures.setdefault(_key(_stem(picture)), []).append(picture)
+    files = _files(folder, IMAGE_SUFFIXES)
+    pictures = grouped(files, (_key(_stem(file)) for file in files))
     captions, lone, suffixes, both = {}, [], {}, []
     for name in _files(folder, SIDECARS):
         stem, suffix = os.path.splitext(name)
