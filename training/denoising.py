@@ -17,7 +17,7 @@ import torch
 from training.bases import BaseModelError
 from training.encoding import EncodedDataset, send
 from training.files import grouped
-from training.memory import free_memory, is_out_of_memory
+from training.memory import free_memory, if_memory_lasts
 
 VALIDATION_STRATA = 4  # timesteps per held-out face
 VALIDATION_FACES = 2  # that pass together
@@ -227,11 +227,8 @@ def validate(
 
 def _in_smaller_passes(unet, scheduler, *images: torch.Tensor) -> torch.Tensor:
     """denoising_losses(), in one pass if memory suffices, else image by image."""
-    try:
+    with if_memory_lasts():
         return denoising_losses(unet, scheduler, *images)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
     free_memory(images[0].device)  # here, where the error no longer holds on to what filled it
     one_by_one = zip(*(tensor.split(1) for tensor in images), strict=True)
     return torch.cat([denoising_losses(unet, scheduler, *image) for image in one_by_one])
