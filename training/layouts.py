@@ -221,11 +221,10 @@ def read_captions(json_file: str | Path, inside: Path | None = None) -> list[Ent
     rows = []
     for number, entry in enumerate(entries, start=1):
         name = entry.get("image_name") if isinstance(entry, dict) else None
-        captions = _texts(entry.get("captions")) if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name.strip():
             raise InputError(f"{json_file}, entry {number}: no image_name in {shown(reprlib.repr(entry))}; {SHAPE}")
         where = f"{json_file}, entry {number} ({name[:80]!r})"
-        if captions is None:
+        if (captions := _texts(entry.get("captions"))) is None:
             raise InputError(f"{where}: captions must be a text or a list of texts; {SHAPE}")
         rows.append((where, name, captions))
     return _merge(rows)
