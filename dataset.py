@@ -27,7 +27,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 from tqdm import tqdm
 
 from training.captions import kind_of, packs, shuffles, tidy_tags
-from training.files import InputError, sha256_of
+from training.files import InputError, grouped, sha256_of
 from training.framing import MUCH_CUT, frame_picture, ink_cut
 from training.layouts import IMAGE_SUFFIXES, find_image, read_layout, shown, some_of, unread_pictures, why_missing
 from training.pictures import colour_share, cut_out, dhashes, load_image, read_picture
@@ -84,17 +84,15 @@ def near_duplicates(faces: list["Face"]) -> list[int]:
     sides = zip(*(face.dhashes for face in faces), strict=True)
     plain, mirrored = (np.frombuffer(b"".join(side), np.uint64).reshape(len(faces), -1) for side in sides)
     files, bits = np.array([face.sha256 for face in faces]), np.bitwise_count(plain).sum(axis=1, dtype=int)
-    first = list(range(len(faces)))
+    first = np.arange(len(faces))
     for index in range(len(faces)):
         unlike = (plain[index] ^ others[:index] for others in (plain, mirrored))
         differing = np.minimum(*(np.bitwise_count(some).sum(axis=1, dtype=int) for some in unlike))
         either = (bits[index] + bits[:index] + differing) // 2  # few in a soft picture: then few may differ
         alike = (differing <= NEAR_DUPLICATE) & (8 * differing < either) | (files[index] == files[:index])
-        groups = {first[other] for other in np.flatnonzero(alike)}
-        if groups:
-            first[index] = min(groups)
-            first = [first[index] if group in groups else group for group in first]
-    return first
+        groups = first[np.append(np.flatnonzero(alike), index)]
+        first[np.isin(first, groups)] = groups.min()
+    return first.tolist()
 
 
 def _read_face(name: str, path: Path, captions: tuple[str, ...], repeats: int, **framing) -> tuple:
@@ -114,8 +112,7 @@ def _read_face(name: str, path: Path, captions: tuple[str, ...], repeats: int, *
         raise
     except Exception as error:  # on a damaged file Pillow also trips with struct.error, TypeError and others
         return f"{path.name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}", None
-    hashes = dhashes(grey)
-    face = Face(name, path, captions, sha256, picture.size, hashes, frame, box, shape, remark, repeats, *seen)
+    face = Face(name, path, captions, sha256, picture.size, dhashes(grey), frame, box, shape, remark, repeats, *seen)
     return face, picture
 
 
@@ -333,9 +330,7 @@ class MangaFaceDataset:
         """
         everything = list(range(len(self.faces)))
         wanted = max(4, round(share * len(everything)))
-        groups: dict[int, list[int]] = {}
-        for index, first in enumerate(near_duplicates(self.faces)):
-            groups.setdefault(first, []).append(index)
+        groups = grouped(everything, near_duplicates(self.faces))
         self.alike = [group for group in groups.values() if len(group) > 1]
         held_out: set[int] = set()
         for group in sorted(groups.values(), key=self._group_hash):
@@ -408,9 +403,7 @@ class MangaFaceDataset:
         all by (seed, epoch). If all faces have one shape, this is the order itself, cut.
         """
         order = self.epoch_order(epoch)
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for position in order.tolist():
-            by_shape.setdefault(self.faces[self.train[position]].shape, []).append(position)
+        by_shape = grouped(order.tolist(), (self.faces[self.train[position]].shape for position in order))
         if len(by_shape) == 1:
             return [order[start : start + size] for start in range(0, len(order), size)]
         whole = {shape: len(positions) // size * size for shape, positions in by_shape.items()}
@@ -440,24 +433,17 @@ class MangaFaceDataset:
         if not self.validation:
             lines.append("Hold-out: none, so no validation, no early stopping; the last epoch is the one exported")
         lines += [f"Layout: {self.layout.title}", *self.layout.notes]
-        lines += [f"Skipped: {len(self.skipped)}"] if self.skipped else []
-        lines += [f"  {line}" for line in self.skipped[:10]]
-        lines += [f"  ... and {len(self.skipped) - 10} more"] if len(self.skipped) > 10 else []
-        if remarks := [f"{shown(face.name)}: {face.remark}" for face in self.faces if face.remark]:
-            more = f"\n  ... and {len(remarks) - 10} more" if len(remarks) > 10 else ""
-            lines.append("\n  ".join([f"Used, but to be looked at: {len(remarks)}", *remarks[:10]]) + more)
+        lines += _listed(f"Skipped: {len(self.skipped)}", self.skipped, 10)
+        remarks = [f"{shown(face.name)}: {face.remark}" for face in self.faces if face.remark]
+        lines += _listed(f"Used, but to be looked at: {len(remarks)}", remarks, 10)
         if stray:
             lines.append(f"Without {self.layout.lacking}: {some_of(stray)}")
         lines += self._report_pixels()
         counts = f"{len(captions)}, {len(captions) / len(self.faces):.1f} per face, {len(set(captions))} different"
         lines.append(f"Captions: {counts}; {self._kind()}")
         lines += [f"Trigger word: {shown(self.prefix[:-2])!r} before every caption"] if self.prefix else []
-        if tokenizer is not None:
-            lines += self.report_tokens(tokenizer)
-        else:
-            lines.append("Texts too long to be read: unknown before the base is downloaded")
-        lines += ["Before you train:", *(f"  {warning}" for warning in warnings[:20])] if warnings else []
-        lines += [f"  ... and {len(warnings) - 20} more: --dry_run shows them all"] if len(warnings) > 20 else []
+        lines += self.report_tokens(tokenizer)
+        lines += _listed("Before you train:", warnings, 20, ": --dry_run shows them all")
         return "\n".join(lines + self._report_weights())
 
     def _report_pixels(self) -> list[str]:
@@ -477,8 +463,10 @@ class MangaFaceDataset:
             lines.append(f"Cut by more than {MUCH_CUT:.0%} to fit: {len(cut)} ({worst}{more})")
         return lines
 
-    def report_tokens(self, tokenizer) -> list[str]:
+    def report_tokens(self, tokenizer=None) -> list[str]:
         """Which captions are longer than the text encoder reads, and where they are cut. Packs never are."""
+        if tokenizer is None:
+            return ["Texts too long to be read: unknown before the base is downloaded"]
         limit = tokenizer.model_max_length
         texts = list(dict.fromkeys(self.prefix + caption for face in self.faces for caption in face.captions))
         cut = [(text, ids) for text in texts if len(ids := tokenizer(text, truncation=False).input_ids) > limit]
@@ -513,3 +501,9 @@ class MangaFaceDataset:
                 name = self.faces[self.train[position]].name
                 lines.append(f"  {label} {self.weights[position]:.2f}  {name}: {words}")
         return lines
+
+
+def _listed(title: str, lines: Sequence[str], most: int, rest: str = "") -> list[str]:
+    """A title, at most so many of its lines, and how many are left; nothing if there are none."""
+    more = [f"... and {len(lines) - most} more{rest}"] if len(lines) > most else []
+    return [title, *(f"  {line}" for line in [*lines[:most], *more])] if lines else []

@@ -77,9 +77,10 @@ class LoRAAttnProcessor(nn.Module):
         q, k, v = x, c, c times (W + scale up down)^T       c: the text states, or x itself in self-attention
         y = softmax(q k^T / sqrt(head width)) v times (W_out + scale up down)^T, then residual and rescaling
 
-    All else (group, spatial and cross norms, masks, 4-D inputs) is as in diffusers' default processor: while
-    the `up_weight`s are zero the result is the same bit for bit. `attn` gives widths and device;
-    `use_xformers` takes that package's attention kernel instead of PyTorch's fused one.
+    All else (group and cross norms, masks, 4-D inputs) is as in diffusers' default processor: while the
+    `up_weight`s are zero the result is the same bit for bit. Only what no UNet of SD has is left out: spatial
+    norms, and those of q and k. `attn` gives widths and device; `use_xformers` takes that package's attention
+    kernel instead of PyTorch's fused one.
 
     Raises:
         ImportError: use_xformers is True and xformers cannot be imported.
@@ -103,15 +104,13 @@ class LoRAAttnProcessor(nn.Module):
             layer = LoRALinearLayer(linear.in_features, linear.out_features, rank, network_alpha)
             self.lora[name] = layer.to(linear.weight.device)  # drawn on the CPU: one seed, one start on all devices
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         # diffusers passes the arguments that it finds in this signature; nn.Module's own names none of them
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
 
-    def forward(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> Tensor:
+    def forward(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None) -> Tensor:
         """Shape: x (B, T, C) or (B, C, height, width), text (B, T', D), mask to add (B, 1, T') -> like x."""
         residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
         image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
         if image_shape is not None:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
@@ -128,10 +127,6 @@ class LoRAAttnProcessor(nn.Module):
             projected = (*self.project(attn, ("q",), hidden_states), *self.project(attn, ("k", "v"), context))
         # heads: (B, T, C) -> (B, T, heads, C / heads)
         query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in projected)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
 
         # fused attention
         mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])

@@ -396,8 +396,7 @@ def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: 
     if found is None:
         return
     if not epoch:  # the base as it is: does it fit?
-        declared = model.scheduler.config.prediction_type
-        where = bases.schedule_of(config.pretrained_model, run.base, declared)
+        where = bases.schedule_of(config.pretrained_model, run.base, model.scheduler.config.prediction_type)
         check_prediction(model.unet, model.scheduler, rest, found[0], where, run.log)
     state.history.append(Validated(epoch, *found))
     told = [run.average_loss] if run.average_loss else []  # none before the first epoch, or if a run resumed after one

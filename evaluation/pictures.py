@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from evaluation.measures import DEMO_ATTRIBUTES
 from training.base_model import load_vae
-from training.files import write_atomic
+from training.files import grouped, write_atomic
 from training.memory import free_memory, sparingly
 from training.pictures import to_bytes
 
@@ -106,8 +106,7 @@ def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int,
     # disable=None: a bar if a terminal sees it
     bar = tqdm(desc="Drawing", total=len(seeds), unit="picture", leave=False, disable=None)
     settings = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
-    for height, width in dict.fromkeys(shapes):
-        numbers = [number for number, shape in enumerate(shapes) if shape == (height, width)]
+    for (height, width), numbers in grouped(range(len(seeds)), shapes).items():
         at_once = 1 if is_sparing else max(1, min(8, PIXELS_PER_PASS // (height * width)))
         for start in range(0, len(numbers), at_once):
             some = numbers[start : start + at_once]

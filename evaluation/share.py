@@ -14,7 +14,7 @@ from PIL import Image
 from evaluation.pictures import write_picture
 from training.bases import single_file
 from training.checkpoint import LORA_FILES
-from training.files import discard, rename_with_retries, temporary_beside, write_atomic
+from training.files import discard, replace_folder, temporary_beside, write_atomic
 from training.labels import DEMO, base_name
 from training.pictures import to_bytes
 
@@ -94,7 +94,6 @@ def model_card(config, labels: dict, images: dict[str, str], summary: dict) -> s
 
 def write_share(run, config, drawn: list, summary: dict) -> None:
     """Write OUTPUT/share anew, whole or not at all. drawn: see examples()."""
-    former = run.output / "share.old"
     final, name, about = run.output / "share", config.lora_name, run.labels["modelspec.description"]
     about = {"description": about, "activation text": config.trigger_word, "preferred weight": 1.0}
     images = {f"images/{number}.png": text for number, (text, _) in enumerate(drawn, start=1)}
@@ -109,8 +108,5 @@ def write_share(run, config, drawn: list, summary: dict) -> None:
             write_atomic(folder / file, content)
         for file, (_, picture) in zip([*images, f"{name}.png"], [*drawn, *drawn[:1]], strict=False):
             write_picture(folder / file, Image.fromarray(picture))
-        discard(former)
-        if final.exists():
-            rename_with_retries(final, former)
-        rename_with_retries(folder, final)
+        former = replace_folder(final, folder)
     discard(former)

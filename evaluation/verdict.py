@@ -165,9 +165,8 @@ def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=
         real = evaluation.references
         facts["styles"] = two_styles(real.layout[:, :STROKES], real.line_art["colourfulness"])
         if own.score is not None:
-            held_out = evaluation.judge_held_out()
             others = {n: some.value["coherence"] for n, some in scored.items() if n != epoch}
             facts |= {"style": own.value["points: style"], "better": tuple(others.items())}
-            whole = (own.value["coherence"], held_out.value["coherence"])
+            whole = (own.value["coherence"], evaluation.judge_held_out().value["coherence"])
             facts["whole"] = whole if whole[1] >= BELIEVED else None  # NaN isn't
     return Facts(**facts)

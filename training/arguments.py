@@ -83,7 +83,7 @@ def check_config(config) -> None:
 
     counts = ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "samples_per_prompt", "lora_rank")
     check("at least 1", lambda v: v >= 1, *counts, "lora_alpha", "sample_steps", "keep_checkpoints")
-    counts = ("early_stopping_patience", "sample_every_n_epochs", "save_every_n_epochs", "num_workers")
+    counts = ("early_stopping_patience", "sample_every_n_epochs", "save_every_n_epochs", "num_workers", "keep_tags")
     check("0 or more", lambda v: v >= 0, *counts)
     factors = ("penalty_factor", "min_weight_decay", "max_weight_decay", "max_grad_norm")
     check("0 (off) or more, and finite", lambda v: 0 <= v < math.inf, *factors)
@@ -102,7 +102,6 @@ def check_config(config) -> None:
     check("in (0, 1], as the weights' mean is 1", lambda v: 0 < v <= 1, "weight_min")
     check("at least 1, as the weights' mean is 1", lambda v: 1 <= v < math.inf, "weight_max")
     check('"sampling", "loss" or "off"', ("sampling", "loss", "off").__contains__, "weighting")
-    check("0 or more", lambda v: v >= 0, "keep_tags")
     rule = "up to 64 letters, digits, _ and -, but no name that A1111 (none, addams), Windows (con) or diffusers "
     rule += "(...pytorch_lora_weights) keeps for itself"
     check(rule, re.compile(LORA_NAME, re.IGNORECASE).fullmatch, "lora_name")

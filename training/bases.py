@@ -205,8 +205,7 @@ def _check_configs(folder: Path, wanted: str) -> None:
     file, limit = CONFIGS[0], "tokenizer/tokenizer_config.json"
     if (folder / file).is_file():
         width = whole_number(folder, file, "cross_attention_dim", 1280)
-        channels = whole_number(folder, file, "in_channels", 4)
-        if kind := _kind(width, channels):
+        if kind := _kind(width, whole_number(folder, file, "in_channels", 4)):
             raise BaseModelError(f"{wanted} is {kind}: {NEEDED}")
     for lacking in CONFIGS:
         if not (folder / lacking).is_file():

@@ -69,9 +69,8 @@ class Cache:
         missing = self._missing(keys)
         barrier()  # everybody has looked before anybody writes
         if mine := [index for index in missing if int(keys[index][-8:], 16) % world == rank]:  # whatever others see
-            made = tqdm(
-                make(mine), f"Encoding {what}", len(mine), disable=rank > 0 or None
-            )  # None: a bar for a terminal
+            is_silent = rank > 0 or None  # None: a bar for a terminal
+            made = tqdm(make(mine), f"Encoding {what}", len(mine), disable=is_silent)
             for number, tensor in enumerate(made):
                 if not number:
                     shares = [size[index] for index in missing] if size else [1.0] * len(missing)
@@ -112,8 +111,8 @@ class Cache:
             header = _parsed(file.read(HEADER))
             length = HEADER + _bytes_of(header) if header else 1
             if header and position + length <= size:
-                places = self.places.setdefault(header["key"], [])
-                places.insert(0, (path, position + HEADER, header))  # the last one counts: what was verified stays it
+                # the last place counts: what was verified stays it
+                self.places.setdefault(header["key"], []).insert(0, (path, position + HEADER, header))
                 whole = position + math.ceil(length / BLOCK) * BLOCK
             position += math.ceil(length / BLOCK) * BLOCK
         self.ends[path] = whole  # what comes after it may be half written as yet
@@ -145,14 +144,9 @@ class Cache:
     def _file(self, path: Path):
         if path not in self.open:
             if len(self.open) == MAX_OPEN:
-                self.close()
+                self.open.pop(next(iter(self.open))).close()
             self.open[path] = open(path, "rb", buffering=0)  # noqa: SIM115  stays open: deleting it does no harm
         return self.open[path]
-
-    def close(self) -> None:
-        for file in self.open.values():
-            file.close()
-        self.open.clear()
 
 
 def record_bytes(content: int) -> int:

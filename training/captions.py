@@ -46,12 +46,11 @@ def tidy_tags(captions: tuple[str, ...], kind: str) -> tuple[str, ...]:
     """
     if kind == "one tag each":
         captions = (", ".join(captions),)
-    return tuple(
-        caption
-        if SENTENCE_END.search(caption)
-        else ", ".join(tag if EMOTICON.fullmatch(tag) else tag.replace("_", " ").strip() for tag in split_tags(caption))
-        for caption in captions
-    )
+
+    def tidy(tag: str) -> str:
+        return tag if EMOTICON.fullmatch(tag) else tag.replace("_", " ").strip()
+
+    return tuple(text if SENTENCE_END.search(text) else ", ".join(map(tidy, split_tags(text))) for text in captions)
 
 
 def shuffles(captions: tuple[str, ...], keep: int, seed: str) -> list[str]:
@@ -94,6 +93,5 @@ def packs(captions: tuple[str, ...], count_tokens: Callable, limit: int, prefix:
                 room -= with_comma[index]
             elif index == start:
                 break
-        is_alone = len(pack) < 2
-        found.append(prefix + (captions[start] if is_alone else ", ".join(bodies[index] for index in pack)))
+        found.append(prefix + (captions[start] if len(pack) < 2 else ", ".join(bodies[index] for index in pack)))
     return found

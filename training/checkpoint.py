@@ -70,8 +70,7 @@ class TrainingState:
     def of_new_run(cls, config, faces: int, processes: int, fingerprint: str) -> "TrainingState":
         batch_size = config.train_batch_size * config.gradient_accumulation_steps * processes
         steps_per_epoch = math.ceil(faces / batch_size)
-        total_steps = steps_per_epoch * config.num_train_epochs
-        return cls(batch_size, steps_per_epoch, total_steps, fingerprint, run_start())
+        return cls(batch_size, steps_per_epoch, steps_per_epoch * config.num_train_epochs, fingerprint, run_start())
 
     def arithmetic(self, config, processes: int) -> str:
         """How many images a step has, and how many steps the run, for the screen."""
@@ -181,9 +180,8 @@ def resume_state(run, config, model, new: TrainingState) -> TrainingState:
         if run.is_main:  # killed before it could: the newest has just proved good
             prune_checkpoints(folder, config.keep_checkpoints)
     if new.total_steps < state.step:
-        remedy = f"set it to {state.epoch + 1} or more, or start anew with --overwrite"
         why = f"num_train_epochs={config.num_train_epochs} is less than this run has behind it"
-        raise files.Stop(2, f"{why}: {remedy}")
+        raise files.Stop(2, f"{why}: set it to {state.epoch + 1} or more, or start anew with --overwrite")
     state.started = run_start(state.started)
     run.log("\n".join([*problems, f"Resuming after step {state.step} of {new.total_steps}"]))
     if state.total_steps != new.total_steps:
@@ -213,11 +211,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], s
         for name, content in contents.items():
             files.write_atomic(temporary / name, content)
         files.flush_to_disk(temporary)
-        if final.exists():  # saved before its epoch was validated: it counts until its successor is there
-            old = folder / f"{final.name}.old"
-            files.discard(old)
-            files.rename_with_retries(final, old)
-        files.rename_with_retries(temporary, final)
+        files.replace_folder(final, temporary)  # one that is there was saved before its epoch was validated
         files.flush_to_disk(folder)
     prune_checkpoints(folder, keep)
     return final

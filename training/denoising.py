@@ -16,7 +16,8 @@ import torch
 
 from training.bases import BaseModelError
 from training.encoding import EncodedDataset, send
-from training.memory import free_memory, is_out_of_memory
+from training.files import grouped
+from training.memory import free_memory, if_memory_lasts
 
 VALIDATION_STRATA = 4  # timesteps per held-out face
 VALIDATION_FACES = 2  # that pass together
@@ -39,9 +40,7 @@ class Batch:
 
     def of_one_shape(self, images: torch.Tensor) -> list["Batch"]:
         """These images in batches of one shape each, so that they can pass together."""
-        by_shape: dict[torch.Size, list[int]] = {}
-        for image in images.tolist():
-            by_shape.setdefault(self.noise[image].shape, []).append(image)
+        by_shape = grouped(images.tolist(), (self.noise[image].shape for image in images.tolist()))
 
         def take(values, chosen: list[int]) -> torch.Tensor:
             return values[chosen] if torch.is_tensor(values) else torch.stack([values[image] for image in chosen])
@@ -200,10 +199,8 @@ def validate(
     faces = faces or dataset.validation
     device, count = encoded.device, len(faces)
     of_faces = torch.zeros(count, dtype=torch.float64)
-    by_shape: dict[tuple, list[int]] = {}
-    for position in range(process[0], count, process[1]):
-        by_shape.setdefault(dataset.faces[faces[position]].shape, []).append(position)
-    for some in by_shape.values():
+    mine = range(process[0], count, process[1])
+    for some in grouped(mine, (dataset.faces[faces[position]].shape for position in mine)).values():
         for start in range(0, len(some), VALIDATION_FACES):
             if is_stopping():
                 return None
@@ -230,11 +227,8 @@ def validate(
 
 def _in_smaller_passes(unet, scheduler, *images: torch.Tensor) -> torch.Tensor:
     """denoising_losses(), in one pass if memory suffices, else image by image."""
-    try:
+    with if_memory_lasts():
         return denoising_losses(unet, scheduler, *images)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
     free_memory(images[0].device)  # here, where the error no longer holds on to what filled it
     one_by_one = zip(*(tensor.split(1) for tensor in images), strict=True)
     return torch.cat([denoising_losses(unet, scheduler, *image) for image in one_by_one])

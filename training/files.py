@@ -10,9 +10,10 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-TEMPORARY = re.compile(r".+\.(\d+)\.tmp")  # what process number ... is writing
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what process number ... is writing
 
 
 class InputError(ValueError):
@@ -43,6 +44,14 @@ def rename_with_retries(source: Path, target: Path) -> None:
     return os.replace(source, target)
 
 
+def remove(path: Path, ignore_errors: bool = False) -> None:
+    """Delete a file, or a folder with all that is in it; ignore_errors: leave of a folder what can't be deleted."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def temporary_beside(path: Path):
     """A name beside `path` to write to; what is still there under that name at the end is deleted."""
@@ -50,10 +59,7 @@ def temporary_beside(path: Path):
     try:
         yield temporary
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary, ignore_errors=True)
 
 
 def write_atomic(path: Path, content: bytes, check=None, flush: bool = True) -> None:
@@ -107,6 +113,16 @@ def discard(folder: Path) -> None:
         rename_with_retries(folder, temporary)
 
 
+def replace_folder(folder: Path, new: Path) -> Path:
+    """Let `new` bear this folder's name; what bore it is then NAME.old, whose path is returned, in any case."""
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        discard(old)
+        rename_with_retries(folder, old)
+    rename_with_retries(new, folder)
+    return old
+
+
 def sha256_of(path: Path) -> str:
     """Of a file's bytes, in hex."""
     with open(path, "rb") as file:
@@ -121,6 +137,14 @@ def flush_to_disk(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def grouped(things: Iterable, keys: Iterable) -> dict:
+    """{key: the things that have it}, things and keys in the order in which they come."""
+    groups: dict = {}
+    for thing, key in zip(things, keys, strict=True):
+        groups.setdefault(key, []).append(thing)
+    return groups
 
 
 def printable(text: str) -> str:

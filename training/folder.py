@@ -7,6 +7,7 @@ metrics.csv                     one row per optimizer step
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from training.checkpoint import LORA_FILES, CheckpointError
-from training.files import TEMPORARY, Stop, read_object, write_atomic
+from training.files import TEMPORARY, Stop, read_object, remove, write_atomic
 from training.layouts import some_of
 
 METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weight_decay", "images_per_s")
@@ -41,7 +42,8 @@ def check_output_folder(output: Path, run: dict, may_change: set[str], overwrite
     where = f"output_dir={str(output)!r}"
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"{where} is a file: choose another output_dir")
-    if not output.exists() or all(_is_leftover(path.name) or path.name == PAGE for path in output.iterdir()):
+    names = os.listdir(output) if output.exists() else []
+    if all(name in (LOCK, PAGE) or TEMPORARY.fullmatch(name) for name in names):
         return "new"
     before = read_object(output / "config.json")
     if not isinstance(before.get("constants"), dict):
@@ -83,16 +85,13 @@ def start_folder(output: Path, run: dict, step: int, action: str, epoch: int = 0
     """
     kept = ("config.json",) if run["constants"].get("overwrite") else ("config.json", PAGE)
     for name in PRODUCTS if action == "new" else ("summary.json",):
-        path = output / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif name not in kept:
-            path.unlink(missing_ok=True)
+        if name not in kept:
+            remove(output / name)
     write_atomic(output / "config.json", json.dumps(run, indent=1).encode())
     (output / "samples").mkdir(exist_ok=True)
     for drawn in (output / "samples").glob("epoch-*"):  # after a checkpoint that was lost
         if drawn.stem[6:].isdigit() and int(drawn.stem[6:]) > epoch:
-            shutil.rmtree(drawn) if drawn.is_dir() else drawn.unlink()
+            remove(drawn)
     _write_rows(output, [row for row in read_rows(output) if int(row[1]) <= step] if step else [])
 
 
@@ -177,8 +176,4 @@ def remove_leftovers(output: Path) -> None:
     """Delete what killed processes had half written in `output`, whose lock is held."""
     for path in [*output.glob(".*.tmp"), *(path for name in PRODUCTS for path in (output / name).rglob(".*.tmp"))]:
         if TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _is_leftover(name: str) -> bool:
-    return name == LOCK or bool(name.startswith(".") and TEMPORARY.fullmatch(name))
+            remove(path)

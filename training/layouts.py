@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
-from training.files import InputError, printable
+from training.files import InputError, grouped, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".avif", ".gif", ".tif", ".tiff")
 OTHER_PICTURES = (".heic", ".heif", ".jp2", ".jxl", ".tga", ".psd", ".svg")
@@ -134,8 +134,8 @@ def find_image(dataset_dir: Path, name: str, listings: dict[Path, dict]) -> Path
             for key in {os.path.splitext(file)[0], file}:
                 listings[folder].setdefault(_key(key), []).append(folder / file)
     matches = listings[folder].get(_key(posix.name), [])
-    same = [path for path in matches if posix.name in (path.name, os.path.splitext(path.name)[0])]
-    matches = same or matches  # the same characters before the same text in another normal form
+    # the same characters before the same text in another normal form
+    matches = [path for path in matches if posix.name in (path.name, os.path.splitext(path.name)[0])] or matches
     if len(matches) > 1:
         files = " and ".join(path.name for path in matches)
         raise InputError(f"image_name {name[:80]!r} matches {files} in {folder}: remove one, or write its suffix too")
@@ -221,11 +221,10 @@ def read_captions(json_file: str | Path, inside: Path | None = None) -> list[Ent
     rows = []
     for number, entry in enumerate(entries, start=1):
         name = entry.get("image_name") if isinstance(entry, dict) else None
-        captions = _texts(entry.get("captions")) if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name.strip():
             raise InputError(f"{json_file}, entry {number}: no image_name in {shown(reprlib.repr(entry))}; {SHAPE}")
         where = f"{json_file}, entry {number} ({name[:80]!r})"
-        if captions is None:
+        if (captions := _texts(entry.get("captions"))) is None:
             raise InputError(f"{where}: captions must be a text or a list of texts; {SHAPE}")
         rows.append((where, name, captions))
     return _merge(rows)
@@ -307,9 +306,8 @@ def _pair_sidecars(root: Path, folder: Path, default: str = "", repeats: int = 1
     Each line of `image.txt` or `image.caption` is a caption of `image.png`. Pictures without a sidecar get the
     caption `default`, or are left out if that is "".
     """
-    pictures: dict[str, list[str]] = {}
-    for picture in _files(folder, IMAGE_SUFFIXES):
-        pictures.setdefault(_key(_stem(picture)), []).append(picture)
+    files = _files(folder, IMAGE_SUFFIXES)
+    pictures = grouped(files, (_key(_stem(file)) for file in files))
     captions, lone, suffixes, both = {}, [], {}, []
     for name in _files(folder, SIDECARS):
         stem, suffix = os.path.splitext(name)

@@ -120,7 +120,6 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
             names = list(map(str, content))
             if any(map(END.fullmatch, names)):  # copies, since Windows can't rename a mapped file
                 tensors = {str(name): value.clone() for name, value in content.items() if torch.is_tensor(value)}
-            del content
         if file.name.startswith("adapter_model"):
             header = json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))
         elif "lora_adapter_metadata" in header:
@@ -128,7 +127,7 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
     except Exception as error:  # whatever damaged files make their parsers raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"{file}: ")[:200]
         raise InputError(f"{file} can't be read as a LoRA ({reason}): get it again") from None
-    if not any(map(END.fullmatch, names)):
+    if tensors is None:
         what = next((what for start, what in OTHERS.items() for name in names if re.match(start, name)), None)
         what = what or (f"something else: its first tensor is {min(names)!r:.100}" if names else "empty")
         raise InputError(f"{file} is no LoRA, but {what}")
@@ -206,7 +205,6 @@ def fit(file: Path, parts: dict[str, Part], unet, text_encoder) -> dict[str, dic
 
 def put_on(pipe, fitted: dict[str, dict[str, Part]]) -> None:
     """Load what fit() made onto a StableDiffusionPipeline; pipe.unload_lora_weights() takes it off again."""
-    loaders = {"unet": pipe.load_lora_into_unet, "text_encoder": pipe.load_lora_into_text_encoder}
     for name, parts in fitted.items():
         state, alphas = {}, {}
         for path, part in parts.items():
@@ -214,7 +212,7 @@ def put_on(pipe, fitted: dict[str, dict[str, Part]]) -> None:
             alphas[f"{name}.{path}.alpha"] = part.alpha
         if state:
             options = {"network_alphas": alphas, name: getattr(pipe, name), "low_cpu_mem_usage": True}
-            loaders[name](state, _pipeline=pipe, **options)
+            getattr(pipe, f"load_lora_into_{name}")(state, _pipeline=pipe, **options)
 
 
 def read_start(config, base: Path | None = None) -> dict[str, Part]:

@@ -1,5 +1,6 @@
 """How many images pass at a time, and what is computed twice: as much as the memory allows; and memory ran out."""
 
+import contextlib
 import gc
 import math
 import sys
@@ -26,6 +27,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     signs = ("out of memory", "allocate memory", "alloc_failed", "unable to find an engine")  # cuDNN: no workspace
     signs += ("cublas_status_not_initialized", "cudnn_status_not_initialized")  # no memory for their handles
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
+@contextlib.contextmanager
+def if_memory_lasts():
+    """What is within ends where memory runs out, and the program goes on after it; other errors are raised."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 @dataclass(frozen=True)
@@ -71,21 +82,16 @@ def memory_plans(unet, latent_shape: tuple, text_shape: tuple, images: int, chec
     blocks = _blocks(unet, "BasicTransformerBlock", "all") | _blocks(unet, "ResnetBlock2D", "all")
     plans, has_cheap = [], hasattr(unet, "cheap_twice")
     tiers = [tier for tier in tiers if has_cheap or tier != "cheap"]
-    try:
+    with if_memory_lasts():
         for tier in tiers:
             if not plans or tier == "cheap":  # the others have the same blocks
                 kept, weights, largest = _count(unet, latent_shape, text_shape, blocks, has_cheap and tier != "nothing")
-            of_all = {"all": blocks, "largest": _blocks(unet, "BasicTransformerBlock", "largest")}
-            again = of_all.get(tier, set())
+            again = {"all": blocks, "largest": _blocks(unet, "BasicTransformerBlock", "largest")}.get(tier, set())
             of_one = kept - sum(own - entry for own, entry in (weights[block] for block in again))
             of_one += max((weights[block][0] for block in again), default=0)
             of_one += 3 * largest if has_cheap and tier != "nothing" else 0  # a norm or gate while it is computed again
             plans += [MemoryPlan(n, tier, RESERVE * n * of_one) for n in range(images, 0, -1) if images % n == 0]
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return plans or [MemoryPlan(1, "nothing" if checkpointing == "off" else "all", float("inf"))]
-    return plans
+    return plans or [MemoryPlan(1, "nothing" if checkpointing == "off" else "all", float("inf"))]
 
 
 def _count(unet, latent_shape: tuple, text_shape: tuple, blocks: set, cheap_twice: bool) -> tuple[int, dict, int]:
@@ -186,8 +192,7 @@ def plan_memory(run, model, data, config, kept: dict | None = None) -> None:
     spare = SPARE if run.device.type == "cuda" else 0
     plan = MemoryPlan(**kept) if kept else choose_plan(plans, free - spare)
     model.plans = Plans(model.unet, plans, plan, run.log, run.least if run.world > 1 else None)
-    if run.device.type == "cuda":
-        model.plans.can_be_graphed = leaves_room_for_graphs(plan, free)
+    model.plans.can_be_graphed = run.device.type == "cuda" and leaves_room_for_graphs(plan, free)
     run.log(f"Device {run.device}, precision {run.precision}. Memory: {plan}, {free / 2**30:.1f} GiB are free")
 
 
@@ -209,11 +214,8 @@ def free_bytes(device: torch.device, processes: int) -> float:
 def sparingly(attempt: Callable, what: str, device: torch.device, log: Callable):
     """attempt(False), or if memory runs out attempt(True), which needs less; None, and said, if that runs out, too."""
     for is_sparing in (False, True):
-        try:
+        with if_memory_lasts():
             return attempt(is_sparing)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
         free_memory(device)  # here, where the error no longer holds on to what filled it
         log(f"Out of memory while {what}{': left out' if is_sparing else ', once more, one picture at a time'}")
     return None
@@ -222,10 +224,8 @@ def sparingly(attempt: Callable, what: str, device: torch.device, log: Callable)
 def free_memory(device: torch.device) -> None:
     """Let go of what nothing refers to any more."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def peak_memory_mib(device: torch.device) -> float:
