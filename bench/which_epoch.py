@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def main() -> None:
     (listed,) = args.dataset_dir.glob("*.json")
     entries = json.loads(listed.read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(args.out / "kept", ignore_errors=True)
     captions = args.out / "captions.json"
     captions.write_text(json.dumps(entries[: args.faces]), encoding="utf-8")
     words = ["--demo", "--dataset_dir", str(args.dataset_dir), "--json_file", str(captions)]
