@@ -120,6 +120,7 @@ def _row(validated: Validated, score: Score | None) -> dict:
     row = {"epoch": validated.epoch, "val_loss": validated.loss, "standard_error": validated.error}
     known = score if score is not None and score.score is not None else None
     row |= {"score": known and known.score, "interval": known and known.interval("points: score")}
+    row |= {"portraits": score and score.features.portraits}
     return {name: "n/a" if value is None else value for name, value in row.items()}
 
 
