@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import exported, run, signal_at_step
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_manga_lora as trainer
 from evaluation import summary
-from evaluation.pictures import build_pipeline, decode
+from evaluation.pictures import SPARING_TILE, build_pipeline, decode
 from lora_layers import flatten_lora, inject_lora, lora_modules, lora_parameters
 from training import memory, model
 from training.base_model import load_unet, load_vae
@@ -350,3 +355,59 @@ def test_tiles_blend_to_what_the_whole_picture_is(tiny_base):
     tiled = decode(vae, latents)[0].astype(float)
     assert whole.shape == tiled.shape and not np.array_equal(whole, tiled)
     assert abs(whole - tiled).mean() < 0.1 * whole.std()
+
+
+class Counted(TorchDispatchMode):
+    """The most bytes that were alive at once of what operations gave; with fake tensors nothing is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.alive.setdefault(reference.cdata, (reference, storage.nbytes()))
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return given
+
+
+def counted(make, dtype: torch.dtype, shapes, call) -> tuple[float, float]:
+    """(GiB of a network's weights, GiB at the peak of its call beside them)."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            network = make().eval().requires_grad_(False)
+            weights = sum(weight.nbytes for weight in network.parameters())
+            inputs = [torch.empty(shape) for shape in shapes]
+            with Counted() as count, torch.no_grad():
+                call(network, *inputs)
+    finally:
+        torch.set_default_dtype(before)
+    return weights / 2**30, count.peak / 2**30
+
+
+def test_pictures_of_sd15_at_512_pixels_take_under_3_gib_where_memory_is_short():
+    """UNet in float16, both of guidance's passes; VAE in float32, a tile; the text encoder's 123 M in float16."""
+    wide = (128, 256, 512, 512)
+    ends = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    unet, drawing = counted(
+        lambda: UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8),
+        torch.float16,
+        [(2, 4, 64, 64), (2, 77, 768)],
+        lambda network, latents, texts: network(latents, 10, texts).sample,
+    )
+    tile = SPARING_TILE // 8
+    vae, decoding = counted(
+        lambda: AutoencoderKL(block_out_channels=wide, layers_per_block=2, **ends),
+        torch.float32,
+        [(1, 4, tile, tile)],
+        lambda network, latents: network.decode(latents).sample,
+    )
+    assert 1.5 < unet < 1.7 and 0.3 < vae < 0.35 and decoding < 0.25  # a whole picture's decoding takes 0.75
+    assert unet + vae + 0.23 + max(drawing, decoding) < 3.0
