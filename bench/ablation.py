@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -266,6 +267,7 @@ def run(job: tuple[str, int, int, float]) -> dict:
     with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         summary = train(row, seed, epochs, rate, folder / "run")
         score = evaluation().judge(Path(summary["lora_safetensors"]))
+    shutil.rmtree(folder / "run")  # else a row that was changed would find it done
     accuracy = {
         name.removeprefix("adherence: "): (1 + value) / 2
         for name, value in score.value.items()
@@ -335,7 +337,8 @@ def summarize(results: list[dict]) -> list[dict]:
 def results_table(content: dict) -> str:
     """A result file's content as markdown; docs/results.md holds it."""
     head = ["row", "what is changed", "seeds", "validation loss", "score, 0 to 10", "flowers, %", "glasses, %"]
-    lines = [head := [*head, "known attributes, %", "steps to the baseline's loss"], ["---"] * len(head)]
+    head += ["known attributes, %", "steps to the baseline's loss"]
+    lines = [head, ["---"] * len(head)]
     figures = (("val_loss", 5, 1), ("score", 2, 1), ("flowers", 1, 100), ("glasses", 1, 100), ("known", 1, 100))
     for row in summarize(content["runs"]):
         cells = []
@@ -388,6 +391,8 @@ def write_results(path: Path, results: list[dict], settings: dict) -> dict:
     """All runs so far, in the rows' order; returns the file's content."""
     from bench_training import describe_machine
 
+    from training.files import write_atomic
+
     results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
     content = {
         "device": describe_machine("cpu")[0],
@@ -398,8 +403,7 @@ def write_results(path: Path, results: list[dict], settings: dict) -> dict:
         "summary": summarize(results),
         "runs": results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     return content
 
 
@@ -408,9 +412,11 @@ def main(words: list[str]) -> None:
     settings = settings_of(args.epochs, args.rate)
     results = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.is_file() else []
     if args.table:
-        print(results_table(json.loads(args.out.read_text(encoding="utf-8"))))
+        print(
+            results_table(json.loads(args.out.read_text(encoding="utf-8"))) if results else f"no results in {args.out}"
+        )
         return
-    if any(result["settings"] != settings for result in results):
+    if any(result.get("settings") != settings for result in results):
         raise SystemExit(f"{args.out} is not of {settings}: name another file with --out")
     done = {(result["row"], result["seed"]) for result in results}
     wanted = [(row, seed) for seed in range(args.seeds) for row in args.rows]

@@ -86,18 +86,23 @@ def main() -> None:
     evaluation = Evaluation(
         config, MangaFaceDataset.from_config(config, resolution_unit(base)), base, torch.device("cpu")
     )
-    files = {int(folder.name[-3:]): folder for folder in sorted((args.out / "kept").iterdir())}
+    files = {int(folder.name.split("-")[1]): folder for folder in sorted((args.out / "kept").iterdir())}
     files |= {chosen: args.out / "run" / "candidates" / f"epoch-{chosen:03d}"}
     print(f"\n{summary['verdict']}\nChosen: epoch {chosen}, {summary['best_reason']}")
     print(f"Lowest validation loss: epoch {min(losses, key=losses.get)}\n")
-    print(f"epoch  validation loss  score of {evaluation.jobs.portraits} pictures (95 % interval)  coherence  novelty")
-    for epoch, folder in sorted(files.items()):
+    head = f"score of {evaluation.jobs.portraits} pictures (95 % interval)  coherence  novelty  ahead of the chosen"
+    print(f"epoch  validation loss  {head}")
+    scores = {}
+    for epoch, folder in sorted(files.items(), key=lambda item: (item[0] != chosen, item[0])):
         file = folder / "pytorch_lora_weights.safetensors"
         score = evaluation.judge_portraits(file, evaluation.judge_portraits(file))
         low, high = score.interval("points: score")
         own = f"{score.score:5.2f} ({low:.2f} to {high:.2f}) of {score.maximum}"
-        rest = f"{score.value['coherence']:.2f}  {score.value['novelty']:.2f}"
-        print(f"{epoch:5d}  {losses[epoch]:15.4f}  {own}  {rest}{'  <- chosen' if epoch == chosen else ''}", flush=True)
+        scores[epoch] = score
+        ahead, errors = score.score - scores[chosen].score, [n for n in (1, 2) if score.beats(scores[chosen], n)]
+        rest = f"{score.value['coherence']:.2f}  {score.value['novelty']:.2f}  {ahead:+.2f}"
+        rest += "  <- chosen" if epoch == chosen else f", more than {errors[-1]} standard errors" if errors else ""
+        print(f"{epoch:5d}  {losses[epoch]:15.4f}  {own}  {rest}", flush=True)
 
 
 if __name__ == "__main__":

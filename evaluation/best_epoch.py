@@ -1,4 +1,4 @@
-"""Which epoch is the best: the candidates by validation loss, kept while training; the choice by their scores."""
+"""Which epoch is the best: candidates from the lowest validation loss on, kept while training; chosen by scores."""
 
 import json
 import shutil
@@ -15,15 +15,15 @@ from evaluation.verdict import facts_of, verdict
 from lora_layers import save_lora_weights, with_metadata
 from training.checkpoint import LORA_FILES, TrainingState, Validated
 from training.files import describe, discard, read_verified, write_atomic
+from training.folder import MOST_KEPT
 from training.memory import sparingly
 
 CANDIDATE = "epoch-{:03d}"  # its folder
-MOST_KEPT = 8  # candidates; at most four of them are scored
 
 
 def candidate_epochs(history: list[Validated]) -> list[int]:
     """Epochs that may be the best, earliest first: from the validation minimum on, for pictures often gain after it.
-    Where these are many, every second of them, or every fourth ..., so that their files stay few.
+    Where these are more than MOST_KEPT, every second of them, or every fourth ..., and the newest.
 
     Empty before the first epoch's validation, and where nothing is held out.
     """
@@ -34,7 +34,7 @@ def candidate_epochs(history: list[Validated]) -> list[int]:
     later, every = [row.epoch for row in rows if row.epoch >= best.epoch], 1
     while len(later[::every]) > MOST_KEPT:
         every *= 2  # what is kept then was kept before
-    return later[::every]
+    return later[::every] + (later[-1:] if (len(later) - 1) % every else [])
 
 
 def converged_epoch(state: TrainingState) -> int | None:
@@ -68,15 +68,18 @@ def prune_candidates(folder: Path, state: TrainingState) -> None:
             discard(old)
 
 
-def choose_best(epochs: list[int], scored: dict[int, Score]) -> tuple[int, str]:
-    """(the best of the candidate epochs, why): the earliest whose score is within one standard error of the highest,
-    for what is learnt by heart is learnt late (the rule of Breiman et al. 1984 for choosing the simpler model).
-    Without scores the first candidate: the lowest validation loss.
+def choose_best(losses: dict[int, float | None], scored: dict[int, Score]) -> tuple[int, str]:
+    """(the best of the candidate epochs, why): the earliest whose score is within one standard error, of the paired
+    difference, of the highest, for what is learnt by heart is learnt late (after Breiman et al. 1984, who take the
+    simplest model within one of the best). Without scores the lowest validation loss.
+
+    losses: {epoch: its validation loss} of all candidates.
     """
-    if len(epochs) == 1:
-        return epochs[0], "the only candidate"
+    if len(losses) == 1:
+        return next(iter(losses)), "no other epoch's files are there"
     if not scored:
-        return epochs[0], "the lowest validation loss (no scores: no pictures, or too few held-out faces)"
+        lowest = min(losses, key=losses.get)
+        return lowest, "the lowest validation loss (no scores: no pictures, or too few held-out faces)"
     highest = max(sorted(scored), key=lambda epoch: scored[epoch].score)
     best = next(epoch for epoch in sorted(scored) if not scored[highest].beats(scored[epoch], errors=1))
     if best == highest:
@@ -86,8 +89,8 @@ def choose_best(epochs: list[int], scored: dict[int, Score]) -> tuple[int, str]:
 
 
 def race(epochs: list[int], judge: Callable[[int, Score | None], Score]) -> tuple[dict[int, Score], dict[int, Score]]:
-    """({epoch: its Score}, those of them that can be the best): by a few portraits of each, then by the others, of all
-    that the leader doesn't beat by more than chance.
+    """({epoch: its Score}, those of them that may be the best): by a few portraits of each, then by the others, of all
+    that the leader doesn't beat by three standard errors: two, were they not those of a few, and it the best of many.
 
     judge: Evaluation.judge_portraits of the epoch's file.
     """
@@ -95,19 +98,20 @@ def race(epochs: list[int], judge: Callable[[int, Score | None], Score]) -> tupl
     if scored[epochs[0]].score is None:
         return scored, {}
     leader = max(scored.values(), key=lambda some: some.score)
-    left = {epoch: judge(epoch, first) for epoch, first in scored.items() if not leader.beats(first)}
+    left = {epoch: judge(epoch, first) for epoch, first in scored.items() if not leader.beats(first, errors=3)}
     return scored | left, left
 
 
 def _intact_candidates(output: Path, state: TrainingState, log) -> dict[int, Path]:
     """{epoch: folder} of the candidates whose files are as saved; if there are none, of the last epoch, from `last`."""
     intact = {}
-    for epoch in candidate_epochs(state.history) or [state.epoch]:
+    wanted = candidate_epochs(state.history) or [state.epoch]
+    for epoch in (epoch for epoch in wanted if str(epoch) in state.candidates):  # a former version kept fewer
         folder = output / "candidates" / CANDIDATE.format(epoch)
         try:
             read_verified(folder, state.candidates[str(epoch)])
             intact[epoch] = folder
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             log(f"{folder} is damaged ({error}), so this epoch can't be chosen")
     if not intact:
         intact[state.epoch] = output / "candidates" / CANDIDATE.format(state.epoch)
@@ -132,6 +136,7 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
     """
     output, candidates = run.output, _intact_candidates(run.output, state, run.log)
     epochs, found = list(candidates), None
+    losses = {row.epoch: row.loss for row in state.history if row.epoch in candidates}
     if config.sample_prompts:
         can_score = len(dataset.validation) >= FEWEST
         spread = sorted({epochs[round(x * (len(epochs) - 1) / 3)] for x in range(4)})  # at most four of them
@@ -144,16 +149,16 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
             evaluation = Evaluation(config, dataset, base, run.device, is_sparing=is_sparing)
             files = {epoch: candidates[epoch] / LORA_FILES[-1] for epoch in spread}
             scored, left = race(spread, lambda epoch, first: evaluation.judge_portraits(files[epoch], first))
-            best, why = choose_best(epochs, left)
+            best, why = choose_best(losses, left)
             whole = evaluation.judge(candidates[best] / LORA_FILES[-1], scored[best])
             return evaluation, scored, whole, (best, why)
 
         with run.timing("score"):
             found = sparingly(score, "drawing and scoring", run.device, run.log)
-    evaluation, scored, whole, (epoch, reason) = found or (None, {}, None, choose_best(epochs, {}))
+    evaluation, scored, whole, (epoch, reason) = found or (None, {}, None, choose_best(losses, {}))
     if not candidate_epochs(state.history):
         reason = "the last: without held-out faces there is nothing to choose by"
-    elif epochs == [state.epoch]:
+    elif epochs == [state.epoch] == [state.best.epoch]:
         reason = "the lowest validation loss, and the last"
     drawn = examples(evaluation, whole) if evaluation else []
     binary, labelled = ((candidates[epoch] / file).read_bytes() for file in LORA_FILES)

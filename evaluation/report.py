@@ -91,6 +91,7 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
     curves += chart(title, {"": metrics.smooth("w_loss")}, faint=metrics.points("w_loss"))
     curves += chart("Learning rate", {"": metrics.points("lr")})
     scored = [row for row in best.get("candidates", ()) if isinstance(row["score"], float)]
+    scored = [row for row in scored if row.get("portraits") == max(row.get("portraits") for row in scored)]  # as many
     intervals = [(row["epoch"], *row["interval"]) for row in scored]
     title = "Score of the candidates, and its interval of 95 %"
     curves += chart(title, {"": [(row["epoch"], row["score"]) for row in scored]}, intervals)

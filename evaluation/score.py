@@ -29,7 +29,7 @@ from training.folder import PICTURES
 from training.lora_files import fit, put_on
 
 MAX_FACES = 250  # training faces that pictures are compared with, and that the judge learns from
-FIRST = 8  # portraits, by which candidates that can't win are known
+FIRST = 8  # portraits, by which candidates that will hardly win are known
 STRENGTHS = (0, 0.4, 0.7, 1, 1.3)  # of the LoRA, in the report
 TOO_FEW = f"too few to judge: a score needs {FEWEST} held-out faces"
 EXACT_COPY = 0.01  # faces nearer than this are one picture: copies in a data set must not make copies look usual
@@ -262,7 +262,7 @@ class Score:
     def beats(self, other: "Score", errors: float = 2) -> bool:
         """Whether this score is higher by more than so many standard errors of their paired difference."""
         difference = self.samples["points: score"] - other.samples["points: score"]
-        return self.score - other.score > errors * float(np.nanstd(difference))
+        return self.score - other.score > errors * float(difference.std())
 
     def cell(self, part: str) -> str:
         """A part's points and their interval, for a table."""

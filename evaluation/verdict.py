@@ -165,8 +165,10 @@ def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=
         real = evaluation.references
         facts["styles"] = two_styles(real.layout[:, :STROKES], real.line_art["colourfulness"])
         if own.score is not None:
-            others = {n: some.value["coherence"] for n, some in scored.items() if n != epoch}
-            facts |= {"style": own.value["points: style"], "better": tuple(others.items())}
+            many = own.features.portraits  # fewer say too little
+            others = {n: some for n, some in scored.items() if n != epoch and some.features.portraits == many}
+            better = tuple((n, some.value["coherence"]) for n, some in others.items())
+            facts |= {"style": own.value["points: style"], "better": better}
             whole = (own.value["coherence"], evaluation.judge_held_out().value["coherence"])
             facts["whole"] = whole if whole[1] >= BELIEVED else None  # NaN isn't
     return Facts(**facts)

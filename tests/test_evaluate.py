@@ -329,30 +329,38 @@ def test_the_earliest_epoch_within_a_standard_error_of_the_highest_score_is_chos
     scored = {epoch: Score(features, references, ends) for epoch, features in {4: bad, 6: good, 9: alike}.items()}
     assert scored[6].beats(scored[4]) and scored[9].beats(scored[4])
     assert not scored[6].beats(scored[9]) and not scored[9].beats(scored[6])
-    epoch, reason = choose_best([4, 6, 9], scored)
+    losses = {4: 0.8, 6: 0.7, 9: 0.9}
+    epoch, reason = choose_best(losses, scored)
     assert epoch == 6 and f"{scored[6].score:.2f}" in reason
-    assert choose_best([4, 6], {4: scored[6], 6: scored[6]})[0] == 4  # a tie
-    assert choose_best([4, 6], {4: scored[4], 6: scored[6]})[0] == 6
-    assert choose_best([4, 6], {})[0] == 4 and choose_best([4], scored)[0] == 4
+    assert choose_best(losses, {4: scored[6], 6: scored[6]})[0] == 4  # a tie
+    assert choose_best(losses, {4: scored[4], 6: scored[6]})[0] == 6
+    assert choose_best(losses, {})[0] == 6 and choose_best({4: None}, scored)[0] == 4
     ahead, behind = scored[6], copy.copy(scored[6])
     behind.score, spread = ahead.score - 0.5, np.resize([-1.0, 1.0], RESAMPLES)  # of a deviation of 1
     for error, best in ((0.45, 6), (0.55, 4)):
         behind.samples = {"points: score": ahead.samples["points: score"] + error * spread}
-        assert choose_best([4, 6], {4: behind, 6: ahead})[0] == best
+        assert choose_best(losses, {4: behind, 6: ahead})[0] == best
+    for error, is_beaten in ((0.24, True), (0.26, False)):
+        behind.samples = {"points: score": ahead.samples["points: score"] + error * spread}
+        assert ahead.beats(behind) == is_beaten  # by two standard errors
 
 
 def test_candidates_that_cannot_win_draw_no_more_portraits_and_are_not_chosen():
     ends, references = made_up_ends()
-    first = {3: made_up(3, shift=0.3)[0], 5: made_up(4, shift=0.3)[0], 7: made_up(5, shift=1.2)[0]}
-    judged = []
+    first = {3: made_up(5, shift=1.2)[0], 5: made_up(3, shift=0.3)[0], 7: made_up(4, shift=0.3)[0]}
+    judged, later = [], {}
 
     def judge(epoch, before):
         judged.append((epoch, before is not None))
-        return Score(first[epoch], references, ends)
+        score = Score(first[epoch], references, ends)
+        if before:
+            later[epoch] = score
+        return score
 
     scored, left = race([3, 5, 7], judge)
-    assert judged == [(3, False), (5, False), (7, False), (3, True), (5, True)]
-    assert list(scored) == [3, 5, 7] and list(left) == [3, 5]
+    assert judged == [(3, False), (5, False), (7, False), (5, True), (7, True)]
+    assert list(scored) == [3, 5, 7] and left == {epoch: later[epoch] for epoch in (5, 7)}
+    assert [scored[epoch] is later.get(epoch) for epoch in (3, 5, 7)] == [False, True, True]
     assert race([3], lambda *_: Score(first[3], references, None))[1] == {}  # too few faces: nothing to race by
 
 

@@ -668,7 +668,7 @@ def test_a_damaged_candidate_is_named_and_never_exported(two_checkpoints, config
     shutil.copytree(two_checkpoints[1], config.output_dir)
     candidates = Path(config.output_dir) / "candidates"
     monkeypatch.setattr(best_epoch, "candidate_epochs", lambda history: [e.epoch for e in history if e.epoch])
-    monkeypatch.setattr(best_epoch, "choose_best", lambda epochs, scored: (epochs[0], "it is the first"))
+    monkeypatch.setattr(best_epoch, "choose_best", lambda losses, scored: (next(iter(losses)), "it is the first"))
     with monkeypatch.context() as patch:
 
         def damage():
@@ -681,6 +681,17 @@ def test_a_damaged_candidate_is_named_and_never_exported(two_checkpoints, config
     assert best == 2
     exported = Path(config.output_dir, "pytorch_lora_weights.bin").read_bytes()
     assert exported == Path(config.output_dir, "last", "pytorch_lora_weights.bin").read_bytes()
+
+
+def test_epochs_that_a_former_version_did_not_keep_are_not_called_damaged(config, capsys, monkeypatch):
+    """The candidates of its rule were fewer; so a run that goes on asks for some that never were."""
+    keep = trainer.keep_candidate
+    kept = {1: lambda *_: None, 2: keep}
+    monkeypatch.setattr(trainer, "keep_candidate", lambda *of: kept[of[-1].epoch](*of))
+    config = dataclasses.replace(config, num_train_epochs=2, early_stopping_patience=0)
+    monkeypatch.setattr(best_epoch, "candidate_epochs", lambda history: [1, 2])
+    assert trainer.main(config)["best_epoch"] == 2
+    assert "damaged" not in capsys.readouterr().out
 
 
 # Half written ----------------------------------------------------------------------------------------------------
@@ -814,16 +825,16 @@ def test_the_space_asked_for_is_what_a_run_takes_and_not_twice_that(tmp_path, mo
     asked = []
     (tmp_path / "share").mkdir()
     (tmp_path / "share" / "manga_faces.safetensors").write_bytes(bytes(2**22))
-    for output, free in ((Path("nowhere"), 0), (tmp_path, 0)):
+    for output, free, every in ((Path("nowhere"), 0, 1), (tmp_path, 0, 1), (Path("nowhere"), 0, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(0, 0, free))
         with pytest.raises(trainer.Stop) as stop:
-            folder_module.check_space(
-                output, 3_188_736, trainer.TrainingConfig(num_train_epochs=30, keep_checkpoints=2)
-            )
+            config = trainer.TrainingConfig(num_train_epochs=30, keep_checkpoints=2, save_every_n_epochs=every)
+            folder_module.check_space(output, 3_188_736, config)
         asked.append(int(re.search(r"may take (\d+) MiB", str(stop.value))[1]))
-    checkpoints, files = 3 * 3 * 4 * 3.188736e6, 33 * 2 * 2 * 3.188736e6
-    assert asked[0] == round((checkpoints + files) / 2**20 + 64)
+    checkpoints, files = 3 * 3 * 4 * 3.188736e6, 2 * 2 * 3.188736e6  # of 9 epochs, or all, and 3 more
+    assert asked[0] == round((checkpoints + 12 * files) / 2**20 + 64)
     assert asked[1] == asked[0] - 4
+    assert asked[2] == round((checkpoints + 33 * files) / 2**20 + 64)
 
 
 @pytest.mark.promise("Without space nothing is lost")

@@ -73,7 +73,8 @@ def make_run(folder: Path, text: str = "a face", finished: bool = True, **change
     for epoch in range(4):
         write_samples(folder, epoch, [f"{text} {number}" for number in range(3)])
     if finished:
-        candidates = [{"epoch": 2, "score": 5.5, "interval": [5.0, 6.0]}, {"epoch": 3, "score": "n/a"}]
+        candidates = [{"epoch": 2, "score": 5.5, "interval": [5.0, 6.0], "portraits": 24}]
+        candidates += [{"epoch": 1, "score": 9.9, "interval": [9, 10], "portraits": 8}, {"epoch": 3, "score": "n/a"}]
         best = {"epoch": 2, "reason": f"the best of {text}", "candidates": candidates}
         (folder / "best.json").write_text(json.dumps(best))
         lora = {
@@ -176,6 +177,7 @@ def test_a_report_tells_all_of_a_finished_run_and_the_sentence_first(tmp_path):
     for part in parts:  # in this order
         assert part in text, part
         text = text[text.index(part) :]
+    assert "9.9" not in page  # the score of an epoch that was dropped after eight portraits
     assert page.index("<h1>Style learnt") < page.index("<img")
     widths = re.findall(r'<div class="bar c(\d)"><b style="width:([\d.]+)%', page)
     assert widths == [("0", "50.0"), ("0", "83.3")]  # 1.5 of 3; 2.5 left of 3 that can only be lost

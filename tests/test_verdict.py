@@ -123,12 +123,13 @@ def test_a_run_s_last_line_is_its_verdict_made_of_what_the_run_was(tiny_config, 
 
 
 @pytest.mark.parametrize(("passing", "expected"), [(0.75, (0.9, 0.75)), (0.5, None), (np.nan, None)])
-def test_nothing_is_said_of_faces_by_a_judge_that_fails_real_ones(passing, expected):
+def test_of_faces_speak_a_judge_that_passes_real_ones_and_epochs_that_drew_all_portraits(passing, expected):
     rng, is_copy = np.random.default_rng(0), np.zeros(4, bool)
     references = SimpleNamespace(names=[], layout=rng.random((20, 512)), line_art={"colourfulness": rng.random(20)})
 
-    def scored(coherence):
-        features = SimpleNamespace(is_copy=is_copy, pixels=rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8))
+    def scored(coherence, portraits=24):
+        pixels = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+        features = SimpleNamespace(is_copy=is_copy, pixels=pixels, portraits=portraits)
         value = {"coherence": coherence, "points: style": 0.8}
         return SimpleNamespace(features=features, references=references, score=5.0, value=value)
 
@@ -137,4 +138,6 @@ def test_nothing_is_said_of_faces_by_a_judge_that_fails_real_ones(passing, expec
     state = SimpleNamespace(history=[row], steps_per_epoch=1, epoch=1, best=row, start_loss=0.07)
     config = SimpleNamespace(learning_rate=1e-4, start_from="")
     dataset = SimpleNamespace(faces=[], train=[0] * 8, validation=[0] * 8)
-    assert facts_of(config, dataset, state, 1, [1e-4], evaluation, {1: scored(0.9)}).whole == expected
+    all_scored = {1: scored(0.9), 2: scored(0.95), 3: scored(1.0, portraits=8)}  # 3 was dropped
+    facts = facts_of(config, dataset, state, 1, [1e-4], evaluation, all_scored)
+    assert facts.whole == expected and facts.better == ((2, 0.95),)

@@ -114,7 +114,7 @@ def discard(folder: Path) -> None:
 
 
 def replace_folder(folder: Path, new: Path) -> Path:
-    """Let `new` bear this folder's name; what bore it is then NAME.old, whose path is returned, in any case."""
+    """Let `new` bear this folder's name; what bore it is then NAME.old. Returns its path, be it there or not."""
     old = folder.with_name(f"{folder.name}.old")
     if folder.exists():
         discard(old)

@@ -22,6 +22,7 @@ METRICS = ("epoch", "step", "loss", "w_loss", "penalty", "val_loss", "lr", "weig
 REPORT = "report.html"  # see evaluation/report.py
 PAGE = "dataset.html"  # what a dry run writes, whatever else is in the folder
 PICTURES = "pictures"  # that were scored
+MOST_KEPT = 8  # epochs that may be the best, and the newest
 # What --overwrite deletes
 PRODUCTS = ("config.json", "metrics.csv", "summary.json", "before_after.png", "best.json", "scores.json", *LORA_FILES)
 PRODUCTS += (REPORT, "samples", PICTURES, "checkpoints", "last", "candidates", "tensorboard")
@@ -130,13 +131,15 @@ def check_space(output: Path, parameters: int, config) -> None:
     """Raises Stop(3) if the disk can't hold what the run may still write. Pictures, pages and logs count 64 MiB."""
     checkpoint, files = 3 * 4 * parameters, 2 * 2 * parameters  # weights, two moments: float32; two files: float16
     checkpoints = 1 + min(config.keep_checkpoints, config.num_train_epochs)  # the new one before an old one goes
-    needed = checkpoints * checkpoint + (config.num_train_epochs + 3) * files + 2**26
+    # Those that can't be the best any more are deleted after a checkpoint
+    kept = min(config.num_train_epochs, MOST_KEPT + (config.save_every_n_epochs or config.num_train_epochs))
+    needed = checkpoints * checkpoint + (kept + 3) * files + 2**26
     present = (file for name in PRODUCTS for path in [output / name] for file in [path, *path.rglob("*")])
     held = sum(file.stat().st_size for file in present if file.is_file())
     needed = max(needed - held, checkpoint + files)
     free = shutil.disk_usage(output).free
     if free < needed:
-        content = f"{checkpoints} checkpoints, LoRA files of {config.num_train_epochs} epochs"
+        content = f"{checkpoints} checkpoints, LoRA files of {kept} epochs"
         why = f"may take {needed / 2**20:.0f} MiB more ({content}), but its disk has {free / 2**20:.0f} MiB free"
         remedy = "free some, choose another output_dir, or fewer num_train_epochs"
         raise Stop(3, f"output_dir={str(output)!r} {why}: {remedy}")
