@@ -32,6 +32,8 @@ from training.framing import MUCH_CUT, frame_picture, ink_cut
 from training.layouts import IMAGE_SUFFIXES, find_image, read_layout, shown, some_of, unread_pictures, why_missing
 from training.pictures import colour_share, cut_out, dhashes, load_image, read_picture
 
+FEWEST = 8  # held-out faces, without which there is no score
+MOST_HELD_OUT = 0.25  # of the faces: more would be missed in training
 NEAR_DUPLICATE = 10  # of 1,024 bits may differ: a smaller JPEG of quality 60 has 8, the two most similar faces 13
 FACE_WORDS = {"alone", "back", "bottom", "cry", "empty", "fire", "front"}  # on scikit-learn's list of stop words, but
 FACE_WORDS |= {"full", "serious", "side", "sincere", "thick", "thin", "top"}  # they describe faces
@@ -73,6 +75,12 @@ class Face:
 
 
 # Reading -------------------------------------------------------------------------------------------------------
+
+
+def to_hold_out_enough(faces: int) -> str:
+    """What to do for FEWEST of so many faces to be held out."""
+    share = math.ceil(100 * FEWEST / faces) / 100
+    return f"set validation_share = {share:g}" if share <= MOST_HELD_OUT else "add faces"
 
 
 def near_duplicates(faces: list["Face"]) -> list[int]:

@@ -182,6 +182,7 @@ def main(arguments: list[str]) -> None:
     else:
         (score,) = scored.values()
         print(evaluation.write(to, score) if to else evaluation.table(score, evaluation.judge_held_out()))
+        print(f"Score: {score}{f'; pictures: {to}' if to else ''}")
 
 
 if __name__ == "__main__":

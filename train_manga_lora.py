@@ -404,18 +404,18 @@ def evaluate(run: Run, config: TrainingConfig, model: Model, data: Data, state: 
         if not math.isfinite(found[0]):
             raise Stop(4, f"the validation loss after epoch {epoch} is {found[0]}. {NOTHING_EXPORTED}")
         run.add_validation(state.step, found[0])
-        best = " (best so far)" if state.best == state.history[-1] else ""
+        best = " (best so far)" if state.best == state.history[-1] and found[0] < state.start_loss else ""
         told.append(f"Validation Loss: {found[0]:.4f}{best}")
     if told:
         run.log(f"{f'Epoch {epoch}' if epoch else 'Before training'}: {', '.join(told)}")
     run.average_loss = ""
     if run.is_main and epoch:
-        keep_candidate(run.output / "candidates", model.unet, run.labels, state)
+        keep_candidate(run.output / "candidates", model.unet, run.labels, state, config)
     due = config.save_every_n_epochs and epoch % config.save_every_n_epochs == 0
     if epoch and (due or state.is_finished(config) or is_sampled(epoch, config)):
         save_state(run, config, model, state)
         if run.is_main:
-            prune_candidates(run.output / "candidates", state)
+            prune_candidates(run.output / "candidates", state, config)
 
 
 if __name__ == "__main__":

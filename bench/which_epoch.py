@@ -57,8 +57,8 @@ def main() -> None:
 
     every, keep = max(1, config.num_train_epochs // SCORED), trainer.keep_candidate
 
-    def keep_some(folder, unet, labels, state) -> None:
-        keep(folder, unet, labels, state)
+    def keep_some(folder, unet, labels, state, config) -> None:
+        keep(folder, unet, labels, state, config)
         if state.epoch % every == 0:
             best_epoch.save_epoch(args.out / "kept" / f"epoch-{state.epoch:03d}", unet, labels, state)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from dataset import FEWEST
 from evaluation.curves import Metrics
-from evaluation.pictures import FEWEST
+from evaluation.pictures import is_sampled
 from evaluation.score import Evaluation, Score
 from evaluation.share import examples, thumbnail
 from evaluation.verdict import facts_of, verdict
@@ -52,17 +53,23 @@ def save_epoch(folder: Path, unet, labels: dict, state: TrainingState) -> None:
         save_lora_weights(unet, folder / file, torch.float16, labels)
 
 
-def keep_candidate(folder: Path, unet, labels: dict, state: TrainingState) -> None:
-    """Save the epoch just done into `folder` if it may turn out to be the best; the state notes what its files are."""
-    if state.epoch in (candidate_epochs(state.history) or [state.epoch]):
+def epochs_to_keep(state: TrainingState, config) -> set[int]:
+    """The candidates, or without any the last epoch; and those of which there is a sheet to look at."""
+    sheets = {row.epoch for row in state.history if row.epoch and is_sampled(row.epoch, config)}
+    return sheets | set(candidate_epochs(state.history) or [state.epoch])
+
+
+def keep_candidate(folder: Path, unet, labels: dict, state: TrainingState, config) -> None:
+    """Save the epoch just done into `folder` if it is to be kept; the state notes what its files are."""
+    if state.epoch in epochs_to_keep(state, config):
         own = folder / CANDIDATE.format(state.epoch)
         save_epoch(own, unet, labels, state)
         state.candidates[str(state.epoch)] = {file: describe((own / file).read_bytes()) for file in LORA_FILES}
 
 
-def prune_candidates(folder: Path, state: TrainingState) -> None:
-    """Delete those that can't be the best any more. After a checkpoint that knows so: no resumed run asks for them."""
-    wanted = [CANDIDATE.format(epoch) for epoch in candidate_epochs(state.history) or [state.epoch]]
+def prune_candidates(folder: Path, state: TrainingState, config) -> None:
+    """Delete those not to be kept any more. After a checkpoint that knows so: no resumed run asks for them."""
+    wanted = [CANDIDATE.format(epoch) for epoch in epochs_to_keep(state, config)]
     for old in folder.glob("epoch-*"):
         if old.name not in wanted:
             discard(old)
@@ -88,18 +95,15 @@ def choose_best(losses: dict[int, float | None], scored: dict[int, Score]) -> tu
     return best, f"the earliest whose score, {scored[best].score:.2f}, is within a standard error of {which}"
 
 
-def race(epochs: list[int], judge: Callable[[int, Score | None], Score]) -> tuple[dict[int, Score], dict[int, Score]]:
-    """({epoch: its Score}, those of them that may be the best): by a few portraits of each, then by the others, of all
-    that the leader doesn't beat by three standard errors: two, were they not those of a few, and it the best of many.
+def race(epochs: list[int], judge: Callable[[int, Score | None], Score]) -> dict[int, Score]:
+    """{epoch: its Score} of those that may be the best: all draw a few portraits, and the others only those that the
+    leader doesn't beat by three standard errors: two, were they not those of a few, and it the best of many.
 
     judge: Evaluation.judge_portraits of the epoch's file.
     """
-    scored = {epoch: judge(epoch, None) for epoch in epochs}
-    if scored[epochs[0]].score is None:
-        return scored, {}
-    leader = max(scored.values(), key=lambda some: some.score)
-    left = {epoch: judge(epoch, first) for epoch, first in scored.items() if not leader.beats(first, errors=3)}
-    return scored | left, left
+    first = {epoch: judge(epoch, None) for epoch in epochs}
+    leader = max(first.values(), key=lambda some: some.score)
+    return {epoch: judge(epoch, own) for epoch, own in first.items() if not leader.beats(own, errors=3)}
 
 
 def _intact_candidates(output: Path, state: TrainingState, log) -> dict[int, Path]:
@@ -124,7 +128,6 @@ def _row(validated: Validated, score: Score | None) -> dict:
     row = {"epoch": validated.epoch, "val_loss": validated.loss, "standard_error": validated.error}
     known = score if score is not None and score.score is not None else None
     row |= {"score": known and known.score, "interval": known and known.interval("points: score")}
-    row |= {"portraits": score and score.features.portraits}
     return {name: "n/a" if value is None else value for name, value in row.items()}
 
 
@@ -147,10 +150,11 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
         def score(is_sparing: bool) -> tuple[Evaluation, dict[int, Score], Score, tuple[int, str]]:
             """The candidates by their portraits, then all pictures of the best one."""
             evaluation = Evaluation(config, dataset, base, run.device, is_sparing=is_sparing)
-            files = {epoch: candidates[epoch] / LORA_FILES[-1] for epoch in spread}
-            scored, left = race(spread, lambda epoch, first: evaluation.judge_portraits(files[epoch], first))
-            best, why = choose_best(losses, left)
-            whole = evaluation.judge(candidates[best] / LORA_FILES[-1], scored[best])
+            files = {epoch: folder / LORA_FILES[-1] for epoch, folder in candidates.items()}
+            judge = lambda epoch, first: evaluation.judge_portraits(files[epoch], first)  # noqa: E731
+            scored = race(spread, judge) if can_score else {}
+            best, why = choose_best(losses, scored)
+            whole = evaluation.judge(files[best], scored.get(best))
             return evaluation, scored, whole, (best, why)
 
         with run.timing("score"):

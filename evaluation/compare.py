@@ -43,7 +43,7 @@ def write(folder: Path, evaluation: Evaluation, scored: dict[str, Score]) -> Non
     columns = {"base alone": evaluation.of_base} | scored
     shown = evaluation.shown()
     rows = [[score.features.pixels[number] for score in columns.values()] for number in shown]
-    names = [name if len(name) <= 24 else f"...{name[-22:]}" for name in columns]
+    names = [Path(name).name[-24:] for name in columns]
     sheet = pictures.contact_sheet(rows, names, [evaluation.jobs.prompts[number] for number in shown])
     pictures.write_picture(folder / "before_after.png", sheet)
     scores = {name: score.as_json() for name, score in columns.items()} | {"pictures": len(evaluation.jobs.prompts)}

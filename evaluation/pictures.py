@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+from dataset import FEWEST
 from evaluation.measures import DEMO_ATTRIBUTES
 from training.base_model import load_vae
 from training.files import grouped, write_atomic
@@ -19,7 +20,6 @@ from training.pictures import to_bytes
 TILE = 176  # pixels a side of one picture in a contact sheet
 SPARING_TILE = 256  # pixels a side of what is decoded at a time when memory is short
 PIXELS_PER_PASS = 2**20  # drawn at a time: 4 pictures of 512 x 512, 8 at the most
-FEWEST = 8  # held-out faces, without which there is no score
 MAX_CAPTIONS = 24  # held-out faces whose captions are drawn; with fewer, as many pictures, of more seeds
 MAX_ATTRIBUTE_PROMPTS = 32  # of the demo's 288
 OWN_WORDS = 4  # held-out faces whose captions come first on a sheet, beside the real face

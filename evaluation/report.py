@@ -29,12 +29,12 @@ MOST_TEXT, MOST_CELL = 2000, 200  # characters of a prompt or a name; of a setti
 LARGEST = 768  # pixels a side of a picture that isn't in samples/
 MOST_LOST = 3  # points by a part without evidence
 IN_WORDS = {  # what full points in a part mean
-    "style": "Tones and strokes are those of your faces",
-    "set distance": "All in all the pictures look like your faces",
-    "coherence": "Faces are whole: nothing smeared, doubled or out of place",
-    "adherence": "Prompts are obeyed",
-    "novelty": "No picture is a copy of a training face",
-    "diversity": "Pictures differ from each other, as faces do",
+    "style": "Tones and strokes of your faces",
+    "set distance": "Likeness to your faces, all in all",
+    "coherence": "Whole faces: nothing smeared, doubled or out of place",
+    "adherence": "Prompts obeyed",
+    "novelty": "No copies of training faces",
+    "diversity": "Pictures that differ from each other, as faces do",
 }
 
 
@@ -68,7 +68,7 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
     grid = Grid(output / "samples", start_of(config))
     losses = [loss for _, loss in metrics.validation]
     sentence = sentence or summary.get("verdict", "")
-    reason = f"Epoch {best['epoch']} is the best: {best['reason']}" if best else ""
+    reason = f"Exported: epoch {best['epoch']}, {best['reason']}" if best else ""
     next_up = "after the next" if metrics.epoch < config.num_train_epochs else "once its pictures are scored"
     done = f"Epoch {metrics.epoch} of {config.num_train_epochs} is done; reload this page {next_up}"
     when = f"finished, {summary['epochs_run']} of {config.num_train_epochs} epochs" if summary else "still training"
@@ -91,7 +91,6 @@ def _report_page(output, config, sentence, use, rows=None, strengths=None, warni
     curves += chart(title, {"": metrics.smooth("w_loss")}, faint=metrics.points("w_loss"))
     curves += chart("Learning rate", {"": metrics.points("lr")})
     scored = [row for row in best.get("candidates", ()) if isinstance(row["score"], float)]
-    scored = [row for row in scored if row.get("portraits") == max(row.get("portraits") for row in scored)]  # as many
     intervals = [(row["epoch"], *row["interval"]) for row in scored]
     title = "Score of the candidates, and its interval of 95 %"
     curves += chart(title, {"": [(row["epoch"], row["score"]) for row in scored]}, intervals)

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataset import FEWEST
 from evaluation import measures, pictures
 from evaluation.judge import GRID, Judge
 from evaluation.measures import ATTRIBUTES, LINE_ART
-from evaluation.pictures import FEWEST
 from lora_layers import read_lora_weights
 from training.base_model import load_text_encoder, load_unet, load_vae
 from training.encoding import encode_faces, folder_identity

@@ -23,7 +23,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
         peak_mib, start = peak_memory_mib(run.device), time.perf_counter()
         if not run.is_main:
             return {}
-        prune_candidates(run.output / "candidates", state)  # a run that was killed may not have come to it
+        prune_candidates(run.output / "candidates", state, config)  # a run that was killed may not have come to it
         save_epoch(run.output / "last", model.unet, run.labels, state)
         model.free()
         free_memory(run.device)
@@ -33,7 +33,7 @@ def finish(run, config, model, data, state: TrainingState, base) -> dict:
             "lora_bin": str(run.output / LORA_FILES[0]),
             "lora_safetensors": str(run.output / LORA_FILES[1]),
             "epochs_run": state.epoch,
-            "converged_epoch": converged_epoch(state),
+            "converged_epoch": None if picked["still_falling"] else converged_epoch(state),
             "stopped_epoch": state.epoch if state.epoch < config.num_train_epochs else None,
             "optimizer_steps": state.optimizer_steps,
             "skipped_steps": state.skipped_steps,
@@ -72,10 +72,9 @@ def print_summary(summary: dict, config, state: TrainingState, run) -> None:
     is_lowest = state.best is None or at_best == state.best
     lowest, own = ("", "") if is_lowest else (f" after epoch {state.best.epoch}", f"; its loss: {at_best.loss:.4f}")
     if summary["val_ratio"]:
-        gained = "never below the start's: lower learning_rate"
+        gained = "still falling" if summary["still_falling"] else "never below the start's: lower learning_rate"
         if converged := summary["converged_epoch"]:
             gained = f"converged after {converged} of {summary['epochs_run']} epochs (95 % of the gain)"
-            gained = "still falling" if summary["still_falling"] else gained
         losses = f"{summary['val_loss_start']:.4f} -> {summary['val_loss_best']:.4f} (x {summary['val_ratio']:.2f})"
         run.log(f"Validation loss {losses}{lowest}; {gained}")
     if summary["score_in_words"]:

@@ -1,21 +1,20 @@
 """The sentence at the end: what was learnt, what is wrong, what to change."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from dataset import FEWEST, to_hold_out_enough
 from evaluation.measures import STROKES, squashed
-from evaluation.pictures import FEWEST, start_of
+from evaluation.pictures import start_of
 
 HARDLY = 0.2  # of the difference between two of the base's pictures: the LoRA changes less than that
 LITTLE = 0.6  # of that difference: what is wrong then is the base's still, not yet the LoRA's
-LEARNT, NOT_LEARNT = 0.5, 0.25  # of style's points
+LEARNT, NOT_LEARNT = 0.5, 0.25  # of a part's points
 SMEARED = 0.7  # of the share of held-out faces that pass as whole; below it pictures are smeared
 MANY_COPIES = 0.1  # of the pictures
 BELIEVED = 0.75  # of the held-out faces have to pass, or the judge knows too little to say anything of faces
 STILL_FALLING = 0.1  # of the gain in validation loss came in the second half of all learning
-MOST_HELD_OUT = 0.25  # of the faces: more would be missed in training
 APART = 7.0  # Ashman's D: two styles, not one that varies
 GREY = 2.0  # differences in colourfulness that are none
 
@@ -25,9 +24,10 @@ class Facts:
     """What the sentence is made of; None = not known.
 
     moved: mean difference of the LoRA's pictures from the base's of the same prompt and seed, over that of two of the
-    base's; style: share of its points; whole: share of the pictures that pass as whole faces, and of held-out faces;
-    copied: different training faces that pictures copy; copies: share of the pictures; better: {epoch: share of whole
-    faces} of other kept epochs; losses: (before training, lowest); start: what it was before.
+    base's; style, obeyed: share of the points of style, of adherence; whole: share of the pictures that pass as whole
+    faces, and of held-out faces; copied: different training faces that pictures copy; copies: share of the pictures;
+    better: {epoch: share of whole faces} of other kept epochs; losses: (before training, lowest); start: what it was
+    before.
     """
 
     learning_rate: float
@@ -42,6 +42,7 @@ class Facts:
     moved: float | None = None
     style: float | None = None
     whole: tuple[float, float] | None = None
+    obeyed: float = 1.0
     copied: int = 0
     copies: float = 0.0
     better: tuple[tuple[int, float], ...] = ()
@@ -63,11 +64,11 @@ def verdict(facts: Facts) -> str:
     elif facts.copies > MANY_COPIES:
         main = f"Copies {facts.copied} of {facts.faces} training faces: fewer epochs, or more pictures."
     elif facts.held_out < FEWEST:
-        share = math.ceil(100 * FEWEST / (facts.faces + facts.held_out)) / 100
-        remedy = f"set validation_share = {share:g}" if share <= MOST_HELD_OUT else "add faces"
+        remedy = to_hold_out_enough(facts.faces + facts.held_out)
         main = f"Too few faces to judge: {facts.held_out} held out, {FEWEST} are needed: {remedy}. Believe your eyes."
     elif worse or (facts.score is not None and facts.score < 0):
-        main = f"Worse than the {than}: lower {rate}, to a quarter."
+        first = "" if worse else "; but first see what evaluate_lora.py draws with a lower guidance_scale"
+        main = f"Worse than the {than}: lower {rate}, to a quarter{first}."
     elif facts.style is None:
         main = "Learnt, by the validation loss; no pictures were drawn to judge."
     else:
@@ -86,6 +87,7 @@ def verdict(facts: Facts) -> str:
                 main += " More epochs may be better still."
             elif not learnt:
                 main += f" Raise {rate} a little."
+            main += " Prompts are obeyed no better than by the base." if facts.obeyed < NOT_LEARNT else ""
     return "".join([main, *also])
 
 
@@ -165,10 +167,9 @@ def facts_of(config, dataset, state, epoch: int, rates: list[float], evaluation=
         real = evaluation.references
         facts["styles"] = two_styles(real.layout[:, :STROKES], real.line_art["colourfulness"])
         if own.score is not None:
-            many = own.features.portraits  # fewer say too little
-            others = {n: some for n, some in scored.items() if n != epoch and some.features.portraits == many}
-            better = tuple((n, some.value["coherence"]) for n, some in others.items())
+            better = tuple((n, some.value["coherence"]) for n, some in scored.items() if n != epoch)
             facts |= {"style": own.value["points: style"], "better": better}
+            facts["obeyed"] = own.value["points: adherence"] if "adherence" in own.ends.evidence else 1.0
             whole = (own.value["coherence"], evaluation.judge_held_out().value["coherence"])
             facts["whole"] = whole if whole[1] >= BELIEVED else None  # NaN isn't
     return Facts(**facts)

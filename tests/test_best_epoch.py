@@ -49,6 +49,17 @@ def test_however_long_a_run_few_candidates_are_kept_and_none_is_asked_for_that_w
     assert wanted == [2, 10, 18, 26, 34, 40]  # and the newest
 
 
+def test_epochs_with_a_sheet_are_kept_beside_the_candidates(tiny_config, monkeypatch):
+    losses = iter([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
+    monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.05))
+    prompts = {"sample_prompts": ("a face",), "sample_steps": 1, "samples_per_prompt": 1}
+    run(tiny_config, num_train_epochs=5, sample_every_n_epochs=2, **prompts)
+    folders = sorted(path.name for path in pathlib.Path(tiny_config.output_dir, "candidates").iterdir())
+    assert folders == ["epoch-002", "epoch-004", "epoch-005"]
+    best = json.loads(pathlib.Path(tiny_config.output_dir, "best.json").read_text())
+    assert [row["epoch"] for row in best["candidates"]] == [5]  # the others are there to be tried
+
+
 def test_of_the_candidates_the_one_chosen_is_exported_and_best_json_says_why(tiny_config, monkeypatch, capsys):
     losses = iter([1.0, 0.9, 0.70, 0.71, 0.79, 0.705])
     monkeypatch.setattr(trainer, "validate", lambda *_: (next(losses), 0.05))

@@ -88,7 +88,12 @@ def about(found, words: str, dataset) -> list[str]:
 
 
 def test_a_sound_data_set_has_no_warning_but_the_unmeasured_figures(make):
-    assert texts(make(many())) == ["Expected time and memory: not measured on this device"]
+    unmeasured = "Expected time and memory: not measured on this device"
+    assert texts(make(many(80), validation_share=0.1)) == [unmeasured]
+    few = "Only 4 faces held out, a score needs 8: set validation_share = "
+    assert texts(make(many(40), validation_share=0.1)) == [f"{few}0.2", unmeasured]
+    assert texts(make(many(24), validation_share=0.1))[0] == "Only 4 faces held out, a score needs 8: add faces"
+    assert texts(make(many(24), validation_share=0.0)) == [unmeasured]  # nothing is held out, on purpose
 
 
 def test_time_and_memory_are_those_measured_on_such_a_device_at_such_a_resolution(make, monkeypatch):
@@ -109,8 +114,8 @@ def test_time_and_memory_are_those_measured_on_such_a_device_at_such_a_resolutio
 def test_few_faces_and_few_steps_are_told_with_the_epochs_for_1000_steps(make):
     made = make(many(19), num_train_epochs=30)
     found = texts(made, steps=90)
-    assert found[0].startswith("Only 19 faces") and "--num_train_epochs 334 would make 1,000" in found[1]
-    assert not any("Only" in text for text in texts(make(many(20)), steps=200))
+    assert found[0].startswith("Only 19 faces") and "--num_train_epochs 334 would make 1,000" in found[2]
+    assert not any("Only" in text for text in texts(make(many(20), validation_share=0.4), steps=200))
 
 
 def test_captions_that_are_all_the_same_are_told(make):

@@ -687,7 +687,7 @@ def test_epochs_that_a_former_version_did_not_keep_are_not_called_damaged(config
     """The candidates of its rule were fewer; so a run that goes on asks for some that never were."""
     keep = trainer.keep_candidate
     kept = {1: lambda *_: None, 2: keep}
-    monkeypatch.setattr(trainer, "keep_candidate", lambda *of: kept[of[-1].epoch](*of))
+    monkeypatch.setattr(trainer, "keep_candidate", lambda *of: kept[of[3].epoch](*of))
     config = dataclasses.replace(config, num_train_epochs=2, early_stopping_patience=0)
     monkeypatch.setattr(best_epoch, "candidate_epochs", lambda history: [1, 2])
     assert trainer.main(config)["best_epoch"] == 2
@@ -831,8 +831,8 @@ def test_the_space_asked_for_is_what_a_run_takes_and_not_twice_that(tmp_path, mo
             config = trainer.TrainingConfig(num_train_epochs=30, keep_checkpoints=2, save_every_n_epochs=every)
             folder_module.check_space(output, 3_188_736, config)
         asked.append(int(re.search(r"may take (\d+) MiB", str(stop.value))[1]))
-    checkpoints, files = 3 * 3 * 4 * 3.188736e6, 2 * 2 * 3.188736e6  # of 9 epochs, or all, and 3 more
-    assert asked[0] == round((checkpoints + 12 * files) / 2**20 + 64)
+    checkpoints, files = 3 * 3 * 4 * 3.188736e6, 2 * 2 * 3.188736e6
+    assert asked[0] == round((checkpoints + 18 * files) / 2**20 + 64)  # 8 epochs, the newest, 6 with a sheet, 3 more
     assert asked[1] == asked[0] - 4
     assert asked[2] == round((checkpoints + 33 * files) / 2**20 + 64)
 

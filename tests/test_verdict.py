@@ -57,7 +57,8 @@ GOOD = Facts(
             {"faces": 16, "held_out": 4},
             "Too few faces to judge: 4 held out, 8 are needed: add faces. Believe your eyes.",
         ),
-        ({"score": -1.2}, "Worse than the base: lower learning_rate (5e-05), to a quarter."),
+        ({"score": -1.2}, "Worse than the base: lower learning_rate (5e-05), to a quarter; but first see what"),
+        ({"obeyed": 0.1}, "Style learnt, faces intact. Prompts are obeyed no better than by the base."),
         ({"losses": (0.07, 0.08)}, "Worse than the base"),
         ({"losses": (0.07, 0.08), "start": "start"}, "Worse than the start: lower"),
         ({"score": -1.2, "start": "start"}, "Worse than the base: lower"),  # its 0 is the base's
@@ -123,21 +124,21 @@ def test_a_run_s_last_line_is_its_verdict_made_of_what_the_run_was(tiny_config, 
 
 
 @pytest.mark.parametrize(("passing", "expected"), [(0.75, (0.9, 0.75)), (0.5, None), (np.nan, None)])
-def test_of_faces_speak_a_judge_that_passes_real_ones_and_epochs_that_drew_all_portraits(passing, expected):
+def test_nothing_is_said_of_faces_by_a_judge_that_fails_real_ones(passing, expected):
     rng, is_copy = np.random.default_rng(0), np.zeros(4, bool)
     references = SimpleNamespace(names=[], layout=rng.random((20, 512)), line_art={"colourfulness": rng.random(20)})
 
-    def scored(coherence, portraits=24):
+    def scored(coherence):
         pixels = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
-        features = SimpleNamespace(is_copy=is_copy, pixels=pixels, portraits=portraits)
-        value = {"coherence": coherence, "points: style": 0.8}
-        return SimpleNamespace(features=features, references=references, score=5.0, value=value)
+        features = SimpleNamespace(is_copy=is_copy, pixels=pixels)
+        value = {"coherence": coherence, "points: style": 0.8, "points: adherence": 0.2}
+        ends = SimpleNamespace(evidence=["adherence"])
+        return SimpleNamespace(features=features, references=references, score=5.0, value=value, ends=ends)
 
     evaluation = SimpleNamespace(of_base=scored(0.0), references=references, judge_held_out=lambda: scored(passing))
     row = SimpleNamespace(epoch=0, loss=0.07)
     state = SimpleNamespace(history=[row], steps_per_epoch=1, epoch=1, best=row, start_loss=0.07)
     config = SimpleNamespace(learning_rate=1e-4, start_from="")
     dataset = SimpleNamespace(faces=[], train=[0] * 8, validation=[0] * 8)
-    all_scored = {1: scored(0.9), 2: scored(0.95), 3: scored(1.0, portraits=8)}  # 3 was dropped
-    facts = facts_of(config, dataset, state, 1, [1e-4], evaluation, all_scored)
-    assert facts.whole == expected and facts.better == ((2, 0.95),)
+    facts = facts_of(config, dataset, state, 1, [1e-4], evaluation, {1: scored(0.9), 2: scored(0.95)})
+    assert (facts.whole, facts.better, facts.obeyed) == (expected, ((2, 0.95),), 0.2)

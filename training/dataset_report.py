@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import MUCH_CUT, MangaFaceDataset
+from dataset import FEWEST, MUCH_CUT, MangaFaceDataset, to_hold_out_enough
 from training.bases import Unreachable, find_configs
 from training.files import write_atomic
 from training.folder import PAGE
@@ -66,6 +66,9 @@ def _of_the_whole(dataset: MangaFaceDataset, config, steps: int) -> list[str]:
     found, captions = [], {caption for face in dataset.faces for caption in face.captions}
     if len(dataset.faces) < FEW_FACES:
         found.append(f"Only {len(dataset.faces)} faces: {FEW_FACES} at least are advised")
+    if 0 < len(dataset.validation) < FEWEST:
+        remedy = to_hold_out_enough(len(dataset.faces))
+        found.append(f"Only {len(dataset.validation)} faces held out, a score needs {FEWEST}: {remedy}")
     if steps < FEW_STEPS:
         epochs = math.ceil(ENOUGH_STEPS * config.num_train_epochs / steps)
         found.append(f"Only {steps} steps: --num_train_epochs {epochs} would make {ENOUGH_STEPS:,}")

@@ -131,8 +131,9 @@ def check_space(output: Path, parameters: int, config) -> None:
     """Raises Stop(3) if the disk can't hold what the run may still write. Pictures, pages and logs count 64 MiB."""
     checkpoint, files = 3 * 4 * parameters, 2 * 2 * parameters  # weights, two moments: float32; two files: float16
     checkpoints = 1 + min(config.keep_checkpoints, config.num_train_epochs)  # the new one before an old one goes
-    # Those that can't be the best any more are deleted after a checkpoint
-    kept = min(config.num_train_epochs, MOST_KEPT + (config.save_every_n_epochs or config.num_train_epochs))
+    # Those that can't be the best any more, and have no sheet, are deleted after a checkpoint
+    epochs, every = config.num_train_epochs, config.sample_every_n_epochs
+    kept = min(epochs, MOST_KEPT + (config.save_every_n_epochs or epochs) + (epochs // every if every else 0))
     needed = checkpoints * checkpoint + (kept + 3) * files + 2**26
     present = (file for name in PRODUCTS for path in [output / name] for file in [path, *path.rglob("*")])
     held = sum(file.stat().st_size for file in present if file.is_file())

@@ -127,7 +127,7 @@ class Run:
 
     def finished_summary(self) -> dict:
         """summary.json of the finished run that was found."""
-        remedy = "More num_train_epochs go on from there, --overwrite starts anew."
+        remedy = "More num_train_epochs go on from there, --overwrite starts anew, evaluate_lora.py draws it otherwise."
         self.log(f"{self.output} holds this run, finished. {remedy}")
         return json.loads((self.output / "summary.json").read_text(encoding="utf-8"))
 

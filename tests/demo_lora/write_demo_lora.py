@@ -20,11 +20,11 @@ RATE = 1e-3  # half of the demo's, so that each step towards the ink can be seen
 EPOCHS = {"eighth": 1, "quarter": 2, "half": 4, "three_quarters": 6, "finished": 8}
 
 
-def keep(folder, unet, labels, state):
+def keep(folder, unet, labels, state, config):
     for name, epoch in EPOCHS.items():
         if state.epoch == epoch:
             save_lora_weights(unet, HERE / f"{name}.safetensors", torch.float16, {"ss_epoch": epoch})
-    keep_candidate(folder, unet, labels, state)
+    keep_candidate(folder, unet, labels, state, config)
 
 
 if __name__ == "__main__":
