@@ -346,8 +346,7 @@ class Evaluation:
         """Of all jobs, given the first ones' pictures. In parts, the same ones each time: what passes together makes
         results differ by rounding.
         """
-        portraits = self.jobs.portraits
-        for end in (min(FIRST, portraits), portraits, len(self.jobs.prompts)):
+        for end in (min(FIRST, self.jobs.portraits), self.jobs.portraits, len(self.jobs.prompts)):
             drawn = drawn + (self._draw(range(len(drawn), end)) if end > len(drawn) else [])
         return drawn
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -407,7 +408,7 @@ def test_the_largest_shape_is_rehearsed_and_planned_for(mixed, monkeypatch):
     monkeypatch.setattr(
         memory, "memory_plans", lambda *given: planned.append(given) or [memory.MemoryPlan(1, "all", 1.0)]
     )
-    monkeypatch.setattr(memory, "Plans", lambda *given: None)
+    monkeypatch.setattr(memory, "Plans", lambda *given: SimpleNamespace())
 
     class Anything:  # stands for the run, the model and the config
         device, world, precision, train_batch_size, gradient_accumulation_steps = CPU, 1, "no", 2, 4
