@@ -483,8 +483,8 @@ def test_real_faces_of_the_other_half_get_nearly_all_and_every_damage_costs_2_po
 @pytest.mark.long
 def test_five_epochs_of_a_run_come_in_their_order_between_base_and_real_faces(ink, trained):
     scores = [trained(name).score for name in ("eighth", "quarter", "half", "three_quarters", "finished")]
-    assert scores[:4] == sorted(scores[:4]) and scores[0] > 0, scores  # in the last quarter the rate is nearly 0:
-    assert not trained("three_quarters").beats(trained("finished"))  # nothing more is learnt, but nothing lost
+    assert 0 < scores[0] < scores[1] < scores[2], scores  # in the last half the rate goes to 0: little more is learnt,
+    assert scores[2] - 0.1 < scores[3] < scores[4] + 0.1, scores  # and nothing lost
     assert trained("quarter").beats(ink.of_base) and trained("finished").beats(trained("quarter"))
     real = ink.judge_held_out()
     assert real.interval("points: score")[0] > trained("finished").interval("points: score")[1]
