@@ -77,12 +77,6 @@ class Face:
 # Reading -------------------------------------------------------------------------------------------------------
 
 
-def to_hold_out_enough(faces: int) -> str:
-    """What to do for FEWEST of so many faces to be held out."""
-    share = math.ceil(100 * FEWEST / faces) / 100
-    return f"set validation_share = {share:g}" if share <= MOST_HELD_OUT else "add faces"
-
-
 def near_duplicates(faces: list["Face"]) -> list[int]:
     """For each face the first of its group: faces that look alike, mirrored or not, directly or by way of others.
 
@@ -509,6 +503,12 @@ class MangaFaceDataset:
                 name = self.faces[self.train[position]].name
                 lines.append(f"  {label} {self.weights[position]:.2f}  {name}: {words}")
         return lines
+
+
+def to_hold_out_enough(faces: int) -> str:
+    """What to do for FEWEST of so many faces to be held out."""
+    share = math.ceil(100 * FEWEST / faces) / 100
+    return f"set validation_share = {share:g}" if share <= MOST_HELD_OUT else "add faces"
 
 
 def _listed(title: str, lines: Sequence[str], most: int, rest: str = "") -> list[str]:

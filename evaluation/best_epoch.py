@@ -95,22 +95,22 @@ def choose_best(losses: dict[int, float | None], scored: dict[int, Score]) -> tu
     return best, f"the earliest whose score, {scored[best].score:.2f}, is within a standard error of {which}"
 
 
-def race(epochs: list[int], judge: Callable[[int, Score | None], Score]) -> dict[int, Score]:
+def race(files: dict[int, Path], judge: Callable[[Path, Score | None], Score]) -> dict[int, Score]:
     """{epoch: its Score} of those that may be the best: all draw a few portraits, and the others only those that the
     leader doesn't beat by three standard errors: two, were they not those of a few, and it the best of many.
 
-    judge: Evaluation.judge_portraits of the epoch's file.
+    files: {epoch: its LoRA file}. judge: Evaluation.judge_portraits.
     """
-    first = {epoch: judge(epoch, None) for epoch in epochs}
+    first = {epoch: judge(file, None) for epoch, file in files.items()}
     leader = max(first.values(), key=lambda some: some.score)
-    return {epoch: judge(epoch, own) for epoch, own in first.items() if not leader.beats(own, errors=3)}
+    return {epoch: judge(files[epoch], own) for epoch, own in first.items() if not leader.beats(own, errors=3)}
 
 
 def _intact_candidates(output: Path, state: TrainingState, log) -> dict[int, Path]:
     """{epoch: folder} of the candidates whose files are as saved; if there are none, of the last epoch, from `last`."""
     intact = {}
-    wanted = candidate_epochs(state.history) or [state.epoch]
-    for epoch in (epoch for epoch in wanted if str(epoch) in state.candidates):  # a former version kept fewer
+    # A former version kept fewer
+    for epoch in (e for e in candidate_epochs(state.history) or [state.epoch] if str(e) in state.candidates):
         folder = output / "candidates" / CANDIDATE.format(epoch)
         try:
             read_verified(folder, state.candidates[str(epoch)])
@@ -151,8 +151,7 @@ def pick_best(run, config, dataset, state: TrainingState, base: Path) -> tuple[d
             """The candidates by their portraits, then all pictures of the best one."""
             evaluation = Evaluation(config, dataset, base, run.device, is_sparing=is_sparing)
             files = {epoch: folder / LORA_FILES[-1] for epoch, folder in candidates.items()}
-            judge = lambda epoch, first: evaluation.judge_portraits(files[epoch], first)  # noqa: E731
-            scored = race(spread, judge) if can_score else {}
+            scored = race({epoch: files[epoch] for epoch in spread}, evaluation.judge_portraits) if can_score else {}
             best, why = choose_best(losses, scored)
             whole = evaluation.judge(files[best], scored.get(best))
             return evaluation, scored, whole, (best, why)

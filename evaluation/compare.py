@@ -38,13 +38,20 @@ def ranking(scored: dict[str, Score]) -> str:
     return f"{best} has the highest score, and {'; '.join(found)}"
 
 
+def short_names(names: list[str]) -> list[str]:
+    """The last part of each path, for a column's head; more of it where these don't tell them apart."""
+    last = [Path(name).name for name in names]
+    return [name[-24:] for name in (last if len(set(last)) == len(last) else names)]
+
+
 def write(folder: Path, evaluation: Evaluation, scored: dict[str, Score]) -> None:
     """Write before_after.png, a column for the base and each LoRA, and scores.json into `folder`."""
     columns = {"base alone": evaluation.of_base} | scored
     shown = evaluation.shown()
     rows = [[score.features.pixels[number] for score in columns.values()] for number in shown]
-    names = [Path(name).name[-24:] for name in columns]
-    sheet = pictures.contact_sheet(rows, names, [evaluation.jobs.prompts[number] for number in shown])
+    sheet = pictures.contact_sheet(
+        rows, short_names(list(columns)), [evaluation.jobs.prompts[number] for number in shown]
+    )
     pictures.write_picture(folder / "before_after.png", sheet)
     scores = {name: score.as_json() for name, score in columns.items()} | {"pictures": len(evaluation.jobs.prompts)}
     write_atomic(folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False).encode())

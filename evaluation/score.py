@@ -29,7 +29,6 @@ from training.folder import PICTURES
 from training.lora_files import fit, put_on
 
 MAX_FACES = 250  # training faces that pictures are compared with, and that the judge learns from
-FIRST = 8  # portraits, by which candidates that will hardly win are known
 STRENGTHS = (0, 0.4, 0.7, 1, 1.3)  # of the LoRA, in the report
 TOO_FEW = f"too few to judge: a score needs {FEWEST} held-out faces"
 EXACT_COPY = 0.01  # faces nearer than this are one picture: copies in a data set must not make copies look usual
@@ -346,7 +345,7 @@ class Evaluation:
         """Of all jobs, given the first ones' pictures. In parts, the same ones each time: what passes together makes
         results differ by rounding.
         """
-        for end in (min(FIRST, self.jobs.portraits), self.jobs.portraits, len(self.jobs.prompts)):
+        for end in (min(FEWEST, self.jobs.portraits), self.jobs.portraits, len(self.jobs.prompts)):
             drawn = drawn + (self._draw(range(len(drawn), end)) if end > len(drawn) else [])
         return drawn
 
@@ -386,9 +385,10 @@ class Evaluation:
     def judge_portraits(self, lora_file: Path, first: Score | None = None) -> Score:
         """The score of the portraits alone: all that is compared with faces, so enough to compare LoRA files by.
 
-        first: the score of the first FIRST of them. Without it, that score is returned.
+        first: the score of the first FEWEST of them, with which candidates that will hardly win are known. Without it,
+        that score is returned.
         """
-        drawn, end = (first.features.pixels, self.jobs.portraits) if first else ([], min(FIRST, self.jobs.portraits))
+        drawn, end = (first.features.pixels, self.jobs.portraits) if first else ([], min(FEWEST, self.jobs.portraits))
         with self.wearing(lora_file):
             pixels = drawn + self._draw(range(len(drawn), end))
         return self.judge_pictures(pixels, self.jobs.prompts[:end])

@@ -357,7 +357,7 @@ def test_candidates_that_cannot_win_draw_no_more_portraits_and_are_not_chosen():
             later[epoch] = score
         return score
 
-    scored = race([3, 5, 7], judge)
+    scored = race({epoch: epoch for epoch in (3, 5, 7)}, judge)
     assert judged == [(3, False), (5, False), (7, False), (5, True), (7, True)]
     assert scored == {epoch: later[epoch] for epoch in (5, 7)}
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate_lora
 from dataset import MangaFaceDataset
+from evaluation.compare import short_names
 from evaluation.score import POINTS
 from lora_layers import inject_lora, save_lora_weights
 from training.base_model import load_unet
@@ -67,6 +68,12 @@ def place(trained, tmp_path, monkeypatch):
     file = tmp_path / "place" / "out" / "config.json"
     file.write_text(file.read_text().replace(str(trained / "faces"), "faces"))
     return tmp_path / "place"
+
+
+def test_columns_are_headed_by_what_tells_the_files_apart():
+    assert short_names(["base alone", "/far/away/one", "runs/two.pt"]) == ["base alone", "one", "two.pt"]
+    alike = ["/far/away/one/last", "runs/two/last"]
+    assert short_names(alike) == alike
 
 
 @pytest.fixture
@@ -236,6 +243,8 @@ def test_one_table_holds_each_lora_at_the_score_it_has_alone(place, tiny_base, c
 
     evaluate_lora.main(["--lora", "out"])
     alone = json.loads((place / "out" / "scores.json").read_text())["lora"]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Score: ") and last.endswith("; pictures: out")
     assert alone["score"] == scores["out"]["score"] and f"{alone['score']['value']:.1f} (" in row["out"]
 
 

@@ -69,8 +69,8 @@ class Cache:
         missing = self._missing(keys)
         barrier()  # everybody has looked before anybody writes
         if mine := [index for index in missing if int(keys[index][-8:], 16) % world == rank]:  # whatever others see
-            disable = True if rank else None  # None: a bar if a terminal sees it
-            made = tqdm(make(mine), f"Encoding {what}", len(mine), disable=disable)
+            # disable=None: a bar if a terminal sees it
+            made = tqdm(make(mine), f"Encoding {what}", len(mine), disable=True if rank else None)
             for number, tensor in enumerate(made):
                 if not number:
                     shares = [size[index] for index in missing] if size else [1.0] * len(missing)
