@@ -249,5 +249,5 @@ def test_all_that_a_gpu_is_asked_for_also_runs_small_on_a_cpu(tmp_path):
     encode_s = [json.loads((folder / "summary.json").read_text())["phases_s"]["encode"] for folder in (cold, warm)]
     assert encode_s[1] < 0.5 * encode_s[0]  # the warm run finds everything encoded
     assert "Encoding" not in run.stderr  # no bars where no terminal sees them
-    assert [path.name for path in sorted((cold / "samples").iterdir())] == ["epoch-000.png", "epoch-001.png"]
+    assert [path.name for path in sorted((cold / "samples").glob("*.png"))] == ["epoch-000.png", "epoch-001.png"]
     assert len((cold / "metrics.csv").read_text().splitlines()) == 1 + 29
