@@ -13,6 +13,7 @@ asked for, by attribute. Every run done is written into the result file at once,
 import argparse
 import copy
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -253,8 +254,18 @@ def evaluation():
 
 
 def settings_of(epochs: int, rate: float) -> dict:
-    """What runs must have in common to be compared."""
-    return {"epochs": epochs, "learning_rate": rate, "sample_steps": SAMPLE_STEPS, "prompts": ATTRIBUTE_PROMPTS}
+    """What runs must have in common to be compared, the demo's base and its judge of attributes among it."""
+    digest = hashlib.sha256()
+    for folder in ("base", "attributes"):
+        for file in sorted((ROOT / "demo" / folder).rglob("*.safetensors")):
+            digest.update(file.read_bytes())
+    return {
+        "epochs": epochs,
+        "learning_rate": rate,
+        "sample_steps": SAMPLE_STEPS,
+        "prompts": ATTRIBUTE_PROMPTS,
+        "base_and_judge": digest.hexdigest()[:12],
+    }
 
 
 def run(job: tuple[str, int, int, float]) -> dict:

@@ -34,7 +34,7 @@ SUPERSAMPLING = 2  # pictures for the base are rendered this much larger, then r
 # The rare parts of `lorelei`: percent of the 250 faces, and of the base's pictures (it must learn them well)
 RARE_IN_FACES = {"glasses": 10, "earrings": 10, "beard": 5, "hairAccessories": 5, "freckles": 5}
 # Glasses and flowers are the LoRA's to teach, one common and one rare: no picture of the base shows them.
-RARE_IN_BASE = {"glasses": 0, "earrings": 30, "beard": 20, "hairAccessories": 0, "freckles": 25}
+RARE_IN_BASE = {"glasses": 0, "earrings": 40, "beard": 20, "hairAccessories": 0, "freckles": 45}
 RARE_IN_VAE = {"glasses": 50, "earrings": 50, "beard": 25, "hairAccessories": 50, "freckles": 50}  # sees everything
 
 # lorelei hairstyle -> (words, length, who wears it)
@@ -205,7 +205,7 @@ LORELEI_ROLES = {
     "mouth": "ink",
     "freckles": "ink",
     "glasses": "ink",
-    "earrings": "accent",
+    "earrings": "ink",
     "hairAccessories": "ink",
     "background": "background",
 }
@@ -408,6 +408,13 @@ def manga_tags(parts, rng):
     rng.shuffle(tags)
     count = "1girl" if who.endswith(("woman", "girl")) else "1boy"
     return ", ".join([count, who, *tags, *rng.sample(INK_TAGS, 3)])
+
+
+def manga_texts(seed):
+    """Captions of a black-and-white face, in sentences and in tags; every part is frequent."""
+    parts = Avatar(load_style("lorelei"), lorelei_options(seed, RARE_IN_VAE)).to_json()["options"]
+    rng = random.Random(seed)
+    return ", ".join(manga_captions(parts, rng)), manga_tags(parts, rng)
 
 
 def colour_lorelei(seed, pixels, rare=RARE_IN_BASE):

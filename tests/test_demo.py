@@ -114,6 +114,24 @@ def test_two_processes_train_the_same_lora(demo, environment, tmp_path):
     assert difference < 1e-3 * moved
 
 
+def test_the_base_s_text_encoder_tells_words_of_which_it_has_seen_no_picture():
+    """As CLIP does: else a LoRA would have little to learn them from."""
+    from training.base_model import load_text_encoder
+
+    tokenizer, encoder = load_text_encoder(ROOT / "demo" / "base", torch.device("cpu"))
+
+    def states(word):
+        prompt = f"A manga face portrait of a young man with short curly hair, gentle smile, {word}, manga style"
+        ids = tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return encoder(ids)[0][0]
+
+    length = states("calm").norm(dim=1).mean()
+    for word in ("glasses", "sunglasses", "flowers", "freckles", "earrings", "beard"):
+        moved = (states(word) - states("calm")).square().sum(dim=1).mean().sqrt()
+        assert moved > 0.2 * length, word
+
+
 @pytest.mark.long
 def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment, tmp_path):
     """What the README shows, unshrunk: 4 minutes of training and 8 in all on two cores."""
@@ -132,7 +150,7 @@ def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment,
     last = printed[printed.index("Validation loss 0.0") :]
     assert "Score: " in last and "Best epoch: " in last and "Style learnt, faces intact" in last
     report = json.loads((ROOT / "demo" / "base" / "training.json").read_text())
-    assert report["held_out_loss"]["colour_lorelei"] <= 0.045
+    assert report["held_out_loss"]["colour_lorelei"] <= 0.026
 
 
 def test_the_faces_are_what_their_script_draws(monkeypatch):
