@@ -497,7 +497,7 @@ NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def export(vae, text_encoder, tokenizer, unet, report=None):
-    """Writes the diffusers folder in fp16 beside the old one, then takes its place; keeps its report, without a new."""
+    """Writes the diffusers folder in fp16 beside the old one, then takes its place; `report` None: the old one's."""
     report = report or training_report()
     new, old = BASE_DIR.with_suffix(".new"), BASE_DIR.with_suffix(".old")
     for folder in (new, old):

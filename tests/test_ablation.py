@@ -214,5 +214,5 @@ def test_bad_arguments_end_with_exit_code_2(words, capsys):
 def test_the_committed_results_are_of_the_demo_s_rate_and_add_up():
     content = json.loads(ablation.RESULT.read_text(encoding="utf-8"))
     assert {"baseline"} < {run["row"] for run in content["runs"]} <= ablation.ROWS.keys()
-    assert content["settings"]["learning_rate"] == trainer.DEMO["learning_rate"]
+    assert content["settings"] == ablation.settings_of(10, trainer.DEMO["learning_rate"])  # its base and judge, too
     assert ablation.summarize(content["runs"]) == content["summary"]

@@ -204,6 +204,35 @@ def test_a_grown_vae_does_to_pictures_what_the_small_one_does_to_reduced_ones(tr
     assert (reduced - decoded).std() < 0.6 * decoded.std()  # of unrelated pictures it would be 1.4
 
 
+def test_what_is_tuned_for_a_cpu_computes_the_same(train_base):
+    base = ROOT / "demo" / "base"
+    unet = train_base.UNet2DConditionModel.from_pretrained(base / "unet").float()
+    encoder = train_base.CLIPTextModel.from_pretrained(base / "text_encoder").float()
+    latents, ids = torch.randn(2, 4, 16, 16), torch.arange(154).view(2, 77)
+
+    def outputs():
+        with torch.no_grad():
+            states = encoder(ids)[0]
+            return states, unet(latents, torch.tensor([10, 900]), states).sample
+
+    plain = outputs()
+    train_base.tune_for_device(unet, encoder)
+    for own, tuned in zip(plain, outputs(), strict=True):
+        torch.testing.assert_close(tuned.contiguous(), own, rtol=1e-4, atol=1e-4)
+
+
+def test_processes_that_train_the_base_together_take_the_mean_of_their_gradients(train_base, monkeypatch):
+    mine = [torch.randn(3, 2, 4, 4).to(memory_format=torch.channels_last), torch.randn(5), torch.randn(1)]
+    theirs = [torch.randn_like(tensor) for tensor in mine]
+    expected = [(a + b) / 2 for a, b in zip(mine, theirs, strict=True)]
+    monkeypatch.setattr(train_base, "PROCESSES", 2)
+    other = torch.cat([tensor.reshape(-1) for tensor in theirs])
+    monkeypatch.setattr(train_base.dist, "all_reduce", lambda flat: flat.add_(other))
+    train_base.mean_over_processes(mine)
+    for own, mean in zip(mine, expected, strict=True):
+        torch.testing.assert_close(own, mean)
+
+
 def test_the_base_sees_no_glasses_and_no_flowers(train_base):
     draw_faces = train_base.draw_faces
     for index in range(100):
