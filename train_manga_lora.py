@@ -97,7 +97,7 @@ DEMO = {  # what --demo changes; other flags apply on top
     "output_dir": "demo_output",
     "pretrained_model": str(HERE / "demo" / "base"),
     "resolution": 128,
-    "guidance_scale": 3.0,  # at 7.5 this base's colours come through
+    "guidance_scale": 3.0,  # at 7.5 the base's colours show in the ink
     "sample_every_n_epochs": 10,
     "samples_per_prompt": 1,
     "sample_steps": 20,
@@ -111,7 +111,7 @@ DEMO = {  # what --demo changes; other flags apply on top
         "A detailed manga face portrait of a woman with high bun hair, closed eyes, soft smile, earrings",
         "Manga portrait of a young man with spiky mohawk hair, confident smirk, sunglasses",
         "A manga face portrait of a girl with a straight bob and bangs, large shiny eyes, sad tiny mouth, freckles",
-        "A detailed manga face portrait of a woman with long straight hair, lashed eyes, sad crooked frown, earrings",
+        "A detailed manga face portrait of a woman with slicked-back hair, lashed eyes, sad crooked frown, earrings",
     ),
 }
 MAY_CHANGE_ON_RESUME = {"num_train_epochs", "early_stopping_patience", "save_every_n_epochs", "keep_checkpoints"}

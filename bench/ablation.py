@@ -6,8 +6,9 @@
 
 A row changes constants, or swaps a function of the trainer's modules for another: what didn't earn its place needs no
 flag. Everything else is equal, the seeds included, so each row is compared with the baseline seed by seed. Of each
-run the exported file is scored: validation loss, the pictures' quality score, and whether they show what 96 prompts
-asked for, by attribute. Every run done is written into the result file at once, and isn't done again.
+run the exported file is scored: validation loss, loss on faces drawn for this alone (needs demo/requirements.txt), the
+pictures' quality score, and whether they show what 96 prompts asked for, by attribute. Every run done is written into
+the result file at once, and isn't done again.
 """
 
 import argparse
@@ -36,7 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 WORK = ROOT / "bench" / ".work"
 RESULT = ROOT / "bench" / "results" / "ablation" / "demo.json"
 ATTRIBUTE_PROMPTS = 96  # each attribute is asked for in half of them
-NEW = ("flowers", "glasses")  # which the base has never seen: of 250 faces, 12 have flowers, 25 glasses
+NEW = ("flowers", "glasses")  # which the base has never seen: of 225 training faces, 8 have flowers, 23 glasses
+RENDERS = 200  # new faces: eight times as many as a run holds out, and the same for all seeds
 SAMPLE_STEPS = 15  # denoising steps: the demo's 20 look the same, and pictures take half of the time
 SAMPLE_SEED = 0  # of the pictures, whatever the training's: only the LoRA differs between runs
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # two-sided 95 % of Student's t, by degrees of freedom
@@ -124,14 +126,14 @@ def texts(packs: bool) -> list:
     return [(train_manga_lora, "draw_batch", draw_some)]
 
 
-def draw_flowers(times: float) -> list:
-    """Not TF-IDF but an oracle: faces with flowers are `times` as rare as all others, before the clip."""
+def draw_often(word: str, times: float) -> list:
+    """Not TF-IDF but an oracle: faces whose captions have this word are `times` as rare as others, before the clip."""
     import numpy as np
 
     import dataset
 
     def rarities(self):
-        return np.array([times if "flowers" in " ".join(self.faces[face].captions) else 1.0 for face in self.train])
+        return np.array([times if word in " ".join(self.faces[face].captions) else 1.0 for face in self.train])
 
     return [(dataset.MangaFaceDataset, "_rarities", rarities)]
 
@@ -161,15 +163,18 @@ class Row:
     swap: Callable[[], list] = list
 
 
+UNCLIPPED = {"weight_min": 0.1, "weight_max": 20.0}
+
 ROWS = {
     "baseline": Row("nothing"),
     "weighting_off": Row("every face once per epoch", {"weighting": "off"}),
     "weighting_loss": Row("rarity acts on the loss, not on the drawing", {"weighting": "loss"}),
     "mean_idf": Row("weights by the mean over all words", swap=mean_idf),
-    "flowers_x2": Row("an oracle: faces with flowers get weight 2, the most there is", swap=lambda: draw_flowers(4)),
-    "flowers_half": Row(
-        "every second face drawn has flowers", {"weight_min": 0.1, "weight_max": 20.0}, swap=lambda: draw_flowers(19)
+    "flowers_x2": Row(
+        "an oracle: faces with flowers get weight 2, the most there is", swap=lambda: draw_often("flowers", 4)
     ),
+    "flowers_half": Row("every second face drawn has flowers", UNCLIPPED, swap=lambda: draw_often("flowers", 27)),
+    "glasses_half": Row("every second face drawn has glasses", UNCLIPPED, swap=lambda: draw_often("glasses", 9)),
     "no_penalty": Row("penalty_factor 0", {"penalty_factor": 0.0}),
     "penalty_x10": Row("penalty_factor 1e-4", {"penalty_factor": 1e-4}),
     "no_decay": Row("no weight decay", {"min_weight_decay": 0.0, "max_weight_decay": 0.0}),
@@ -178,6 +183,7 @@ ROWS = {
     "uniform_timesteps": Row("independent timesteps", swap=uniform_timesteps),
     "min_snr_5": Row("min-SNR weighting, gamma 5", swap=lambda: min_snr(5.0)),
     "lora_plus_16": Row("LoRA+: B learns 16 times as fast as A", swap=lambda: lora_plus(16)),
+    "lora_plus_16_slow": Row("the same, from an eighth of the rate", rate=1 / 8, swap=lambda: lora_plus(16)),
     "lr_x05": Row("learning rate x 0.5", rate=0.5),
     "lr_x2": Row("learning rate x 2", rate=2),
     "lr_x4": Row("learning rate x 4", rate=4),
@@ -253,18 +259,66 @@ def evaluation():
     return EVALUATION[0]
 
 
+RENDERED = []  # of this process: latents, text states and noises of the new faces
+
+
+def renders() -> list:
+    """[latents (n, 4, h, w), text states (n, T, D), noises (4, n, 4, h, w)] of faces in no data set."""
+    if not RENDERED:
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        import train_manga_lora
+
+        sys.path.insert(0, str(ROOT / "demo"))
+        import draw_faces
+
+        pipe, pixels, captions = evaluation().pipe, [], []
+        side = train_manga_lora.DEMO["resolution"]
+        for index in range(1001, 1001 + RENDERS):
+            picture, sentences, _ = draw_faces.manga_face(index)
+            pixels.append(np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS).convert("RGB")))
+            captions.append(", ".join(sentences))
+        pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+        ids = pipe.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            means = torch.cat([pipe.vae.encode(part).latent_dist.mean for part in pictures.split(20)])
+            states = pipe.text_encoder(ids.input_ids)[0]
+        noises = torch.randn((4, *means.shape), generator=torch.Generator().manual_seed(0))
+        RENDERED.extend([means * pipe.vae.config.scaling_factor, states, noises])
+    return RENDERED
+
+
+def loss_on_renders(lora: Path) -> float:
+    """Mean squared error of the predicted noise on new faces, at 4 timesteps with the same noises for all runs."""
+    import torch
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_pretrained(ROOT / "demo" / "base" / "scheduler")
+    (latents, states, noises), errors = renders(), []
+    with torch.no_grad(), evaluation().wearing(lora):
+        for timestep, noise in zip((125, 375, 625, 875), noises, strict=True):
+            for some in torch.arange(RENDERS).split(25):
+                steps = torch.full((len(some),), timestep)
+                noisy = scheduler.add_noise(latents[some], noise[some], steps)
+                predicted = evaluation().pipe.unet(noisy, steps, states[some]).sample
+                errors.append((predicted - noise[some]).square().mean().item())
+    return statistics.fmean(errors)
+
+
 def settings_of(epochs: int, rate: float) -> dict:
-    """What runs must have in common to be compared, the demo's base and its judge of attributes among it."""
+    """What runs must have in common to be compared: the demo's base, judge of attributes, prompts and faces, too."""
     digest = hashlib.sha256()
-    for folder in ("base", "attributes"):
-        for file in sorted((ROOT / "demo" / folder).rglob("*.safetensors")):
+    for folder in ("base", "attributes", "faces"):
+        for file in sorted((ROOT / "demo" / folder).rglob("*.*")):
             digest.update(file.read_bytes())
     return {
         "epochs": epochs,
         "learning_rate": rate,
         "sample_steps": SAMPLE_STEPS,
         "prompts": ATTRIBUTE_PROMPTS,
-        "base_and_judge": digest.hexdigest()[:12],
+        "demo": digest.hexdigest()[:12],
     }
 
 
@@ -278,6 +332,7 @@ def run(job: tuple[str, int, int, float]) -> dict:
     with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         summary = train(row, seed, epochs, rate, folder / "run")
         score = evaluation().judge(Path(summary["lora_safetensors"]))
+        renders_loss = loss_on_renders(Path(summary["lora_safetensors"]))
     shutil.rmtree(folder / "run")  # else a row that was changed would find it done
     accuracy = {
         name.removeprefix("adherence: "): (1 + value) / 2
@@ -292,6 +347,7 @@ def run(job: tuple[str, int, int, float]) -> dict:
         "commit": git_commit(),
         "steps": summary["optimizer_steps"],
         "val_losses": [loss for _, loss, _ in summary["history"]],
+        "renders_loss": renders_loss,
         "score": score.score,
         "parts": parts,
         "accuracy": accuracy,
@@ -323,16 +379,18 @@ def summarize(results: list[dict]) -> list[dict]:
         line = {"row": name, "seeds": len(runs)}
         for figure, of in {
             "val_loss": lambda r: min(r["val_losses"][1:]),
+            "renders_loss": lambda r: r.get("renders_loss"),
             "score": lambda r: r["score"],
             "flowers": lambda r: r["accuracy"]["flowers"],
             "glasses": lambda r: r["accuracy"]["glasses"],
             "known": lambda r: r["known"],
             "steps": lambda r: steps_to(r["val_losses"], base[r["seed"]]["val_losses"][-1], r["steps"]) / r["steps"],
         }.items():
-            values = [of(result) for result in runs]
-            differences = [of(result) - of(base[result["seed"]]) for result in runs]
+            pairs = [(of(result), of(base[result["seed"]])) for result in runs]
+            pairs = [pair for pair in pairs if None not in pair]  # the first runs have no loss on renders
+            values, differences = [own for own, _ in pairs], [own - other for own, other in pairs]
             known = [d for d in differences if math.isfinite(d)]
-            reached, half = len(known) == len(runs), math.nan  # by all
+            reached, half = 0 < len(known) == len(pairs), math.nan  # by all
             if len(known) > 1:
                 half = T_95[len(known) - 1] * statistics.stdev(known) / math.sqrt(len(known))
             line[figure] = {
@@ -347,14 +405,25 @@ def summarize(results: list[dict]) -> list[dict]:
 
 def results_table(content: dict) -> str:
     """A result file's content as markdown; docs/results.md holds it."""
-    head = ["row", "what is changed", "seeds", "validation loss", "score, 0 to 10", "flowers, %", "glasses, %"]
+    head = ["row", "what is changed", "seeds", "validation loss", f"loss on {RENDERS} new faces", "score, 0 to 10"]
+    head += ["flowers, %", "glasses, %"]
     head += ["known attributes, %", "steps to the baseline's loss"]
     lines = [head, ["---"] * len(head)]
-    figures = (("val_loss", 5, 1), ("score", 2, 1), ("flowers", 1, 100), ("glasses", 1, 100), ("known", 1, 100))
+    figures = (
+        ("val_loss", 5, 1),
+        ("renders_loss", 5, 1),
+        ("score", 2, 1),
+        ("flowers", 1, 100),
+        ("glasses", 1, 100),
+        ("known", 1, 100),
+    )
     for row in summarize(content["runs"]):
         cells = []
         for figure, digits, unit in figures:
             cell = row[figure]
+            if cell["mean"] is None:
+                cells.append("")
+                continue
             text = f"{unit * cell['mean']:.{digits}f}"
             if row["row"] != "baseline":
                 half = f" ± {unit * cell['half_interval']:.{digits}f}" if cell["half_interval"] is not None else ""

@@ -88,7 +88,17 @@ HAIR = {
     47: ("a short fade haircut", "short", "man"),
     48: ("a side ponytail and bangs", "tied", "girl"),
 }
-HAIR_OVER_EARS = (21, 40)
+HIDDEN_EARRINGS = {  # lorelei hairstyle -> which earrings it covers
+    14: (2,),
+    15: (2, 3),
+    19: (2,),
+    21: (1, 2, 3),
+    23: (2,),
+    40: (2, 3),
+    41: (2, 3),
+    45: (2, 3),
+}
+EARRINGS_ON_HAIR = ((19, 3), (23, 3))  # (hairstyle, earrings): lost where both have one colour
 
 EYES = {
     1: "closed eyes",
@@ -159,6 +169,7 @@ MANGA_INK = (
     "Manga style, expressive face, clean lineart, monochrome",
 )
 INK_TAGS = ("monochrome", "manga style", "clean lineart", "high contrast", "greyscale", "portrait")
+TAGS = (*INK_TAGS, "1girl", "1boy")  # for the vocabulary
 # Manga words that say nothing of ink: in the base's captions they go with colour pictures.
 MANGA_COLOUR = (
     "manga style",
@@ -321,7 +332,7 @@ def render(style_name, options, pixels):
 
 
 def render_small(style_name, options, pixels):
-    """As `render`, by supersampling: fine strokes stay even at 64 pixels."""
+    """As `render`, by supersampling: fine strokes stay."""
     picture, parts = render(style_name, options, pixels * SUPERSAMPLING)
     return picture.resize((pixels, pixels), Image.Resampling.LANCZOS), parts
 
@@ -365,6 +376,8 @@ def lorelei_words(parts):
     hair, _, who = HAIR[style]
     glasses = number(parts["glassesVariant"]) if "glassesVariant" in parts else 0
     bearded = "beardVariant" in parts
+    earrings = number(parts["earringsVariant"]) if "earringsVariant" in parts else 0
+    is_lost = (style, earrings) in EARRINGS_ON_HAIR and parts["hairColor"] == parts["earringsColor"]
     words = []
     if glasses != SUNGLASSES:
         words.append(EYES[number(parts["eyesVariant"])])
@@ -374,7 +387,7 @@ def lorelei_words(parts):
         words.append(GLASSES[glasses])
     if bearded:
         words.append("full beard")
-    if "earringsVariant" in parts and style not in HAIR_OVER_EARS:
+    if earrings and earrings not in HIDDEN_EARRINGS.get(style, ()) and not is_lost:
         words.append("earrings")
     if "hairAccessoriesVariant" in parts:
         words.append("flowers in the hair")

@@ -45,7 +45,7 @@ def psnr(a, b):
 
 
 def draw(kind, pixels):
-    """Faces of new seeds, every second with each rare part: uint8 (PICTURES, H, W, 3)."""
+    """Faces of new seeds, rare parts as often as the VAE saw them: uint8 (PICTURES, H, W, 3)."""
     faces = [getattr(draw_faces, kind)(f"measure {index}", pixels)[0] for index in range(PICTURES)]
     return np.stack([np.asarray(face, dtype=np.uint8) for face in faces])
 

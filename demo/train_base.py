@@ -54,7 +54,7 @@ VAE_PICTURES = {"ink_lorelei": 2500, "vivid_lorelei": 1500, "colour_face": 1000,
 # Black-and-white manga faces, glasses and flowers are the LoRA's job: the VAE sees them, the UNet doesn't.
 UNET_PICTURES = {"colour_lorelei": 16000, "colour_face": 2000, "line_art_face": 2000}
 SHARD = 500  # pictures rendered and kept at a time
-HELD_OUT = 128  # of each kind, for the loss at the end
+HELD_OUT = 128  # more of each kind, for the loss at the end
 VOCABULARY = 1400  # tokens; enough for every word of the captions to be one token
 
 VAE_CHANNELS = (24, 24, 48, 96)
@@ -92,6 +92,8 @@ SEED = 0
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AT_ONCE, SHORTER = (5, 25) if DEVICE == "cuda" else (1, 1)  # a GPU: times the batches above; of the minutes
+CPU = Path("/proc/cpuinfo")
+FAST_BFLOAT16 = DEVICE == "cuda" or (CPU.is_file() and "avx512_bf16" in CPU.read_text("utf-8"))
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -114,33 +116,47 @@ def mean_over_processes(tensors):
 
 
 def render_one(job):
-    """(kind, index) -> (pixels, captions)"""
-    kind, index = job
-    picture, captions = getattr(draw_faces, kind)(f"{kind} {index}", PIXELS)
+    """(kind, seed) -> (pixels, captions)"""
+    kind, seed = job
+    picture, captions = getattr(draw_faces, kind)(seed, PIXELS)
     return np.asarray(picture, dtype=np.uint8), captions
 
 
 def render_pictures(counts):
-    """Renders what isn't yet in the work folder, in shards; returns {kind: (pixels, captions)}."""
+    """Renders what isn't yet in the work folder, in shards; returns [(kind, pixels, captions), ...]."""
+    code = hashlib.sha256(Path(draw_faces.__file__).read_bytes()).hexdigest()[:8]
     shards = {
-        kind: [WORK_DIR / f"{kind}_{start}.npz" for start in range(0, count, SHARD)] for kind, count in counts.items()
+        kind: [WORK_DIR / f"{kind}_{PIXELS}_{code}_{start}.npz" for start in range(0, count, SHARD)]
+        for kind, count in counts.items()
     }
     missing = [(kind, i) for kind, files in shards.items() for i, file in enumerate(files) if not file.exists()]
     with multiprocessing.Pool() if missing else contextlib.nullcontext() as pool:
         for kind, i in missing:
-            results = pool.map(render_one, [(kind, SHARD * i + index) for index in range(SHARD)], chunksize=10)
+            jobs = [(kind, f"{kind} {SHARD * i + index}") for index in range(SHARD)]
+            results = pool.map(render_one, jobs, chunksize=10)
             file = shards[kind][i]
             with open(file.with_suffix(".new"), "wb") as new:
                 captions = json.dumps([captions for _, captions in results])
                 np.savez(new, pixels=np.stack([pixels for pixels, _ in results]), captions=captions)
             os.replace(file.with_suffix(".new"), file)
             log(f"rendered {kind} up to {SHARD * (i + 1)}")
-    rendered = {}
+    rendered = []
     for kind, files in shards.items():
         loaded = [np.load(file) for file in files]
         captions = [rows for shard in loaded for rows in json.loads(str(shard["captions"]))]
-        rendered[kind] = np.concatenate([shard["pixels"] for shard in loaded]), captions
+        rendered.append((kind, np.concatenate([shard["pixels"] for shard in loaded]), captions))
     return rendered
+
+
+def render_held_out(kinds):
+    """[(kind, pixels, captions), ...] of seeds that are in no training, however many pictures it had."""
+    held_out = []
+    with multiprocessing.Pool() as pool:
+        for kind in kinds:
+            results = pool.map(render_one, [(kind, f"{kind} held out {index}") for index in range(HELD_OUT)])
+            pixels, captions = zip(*results, strict=True)
+            held_out.append((kind, np.stack(pixels), captions))
+    return held_out
 
 
 def to_pictures(pixels):
@@ -281,8 +297,7 @@ class Run:
 
 def autocast():
     """bf16 arithmetic for the matrix products where the hardware has it; weights and losses stay fp32."""
-    fast = DEVICE == "cuda" or "avx512_bf16" in Path("/proc/cpuinfo").read_text("utf-8")
-    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=fast, cache_enabled=DEVICE == "cpu")
+    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=FAST_BFLOAT16, cache_enabled=DEVICE == "cpu")
 
 
 def make_vae(channels):
@@ -433,10 +448,11 @@ def encode(vae, pixels):
 
 
 def cached_latents(vae, kept):
-    """Scaled latents of all pictures (N, 8, h, w), kept in the work folder for as long as the VAE is the same."""
+    """Scaled latents of all pictures (N, 8, h, w), kept in the work folder for as long as VAE and pictures are."""
     file = WORK_DIR / "latents.pt"
     digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in vae.state_dict().values())).hexdigest()
-    digest += str([(kind, len(pixels)) for kind, pixels, _ in kept])
+    for _, pixels, _ in kept:
+        digest += hashlib.sha256(pixels).hexdigest()
     if not file.exists() or torch.load(file, weights_only=True)["of"] != digest:
         latents = torch.cat([encode(vae, pixels) for _, pixels, _ in kept])
         torch.save({"of": digest, "latents": latents.half().cpu()}, file)
@@ -587,13 +603,6 @@ def train_unet(unet, text_encoder, latents, tokens, empty, texts, minutes, save_
     return run
 
 
-def split(rendered, kinds):
-    """(training rows, held-out rows) of pixels and of captions: [(kind, pixels, captions), ...] twice"""
-    kept = [(kind, rendered[kind][0][:-HELD_OUT], rendered[kind][1][:-HELD_OUT]) for kind in kinds]
-    held_out = [(kind, rendered[kind][0][-HELD_OUT:], rendered[kind][1][-HELD_OUT:]) for kind in kinds]
-    return kept, held_out
-
-
 def forget_where(folder):
     """Takes out of the configs which folder their weights were loaded from."""
     for file in folder.rglob("config.json"):
@@ -616,35 +625,34 @@ def write_vae(vae, pixels):
 
 def vae_stage(minutes):
     rendered = render_pictures(VAE_PICTURES)
-    kept, _ = split(rendered, VAE_PICTURES)
-    pixels = np.concatenate([pixels for _, pixels, _ in kept])
+    pixels = np.concatenate([pixels for _, pixels, _ in rendered])
     vae = train_vae(torch.from_numpy(pixels).to(DEVICE), minutes)
-    colour = np.concatenate([pixels for kind, pixels, _ in kept if kind != "ink_lorelei"])
+    colour = np.concatenate([pixels for kind, pixels, _ in rendered if kind != "ink_lorelei"])
     write_vae(vae, colour)
     print(measure_vae.report(vae))
 
 
 def unet_stage(minutes):
-    """Goes on from the UNet and the text encoder in the base's folder, if there are any."""
+    """Goes on from where it was interrupted, else from the UNet and the text encoder in the base's folder, if any."""
     if PROCESSES > 1:
         dist.init_process_group("gloo")
         if RANK > 0:
             dist.barrier()  # until the first process has rendered and encoded
     rendered = render_pictures(UNET_PICTURES)
-    kept, held_out = split(rendered, UNET_PICTURES)
+    held_out = render_held_out(UNET_PICTURES) if RANK == 0 else []
     vae = load_vae(BASE_DIR)
 
     # Latents with unit deviation, token ids
-    latents = cached_latents(vae, kept)
+    latents = cached_latents(vae, rendered)
     if PROCESSES > 1 and RANK == 0:
         dist.barrier()
-    captions = [caption for _, _, rows in kept for row in rows for caption in row]
+    captions = [caption for _, _, rows in rendered for row in rows for caption in row]
     if (BASE_DIR / "unet").exists():
         tokenizer = CLIPTokenizer.from_pretrained(BASE_DIR / "tokenizer")
         unet = UNet2DConditionModel.from_pretrained(BASE_DIR / "unet").float()
         text_encoder = CLIPTextModel.from_pretrained(BASE_DIR / "text_encoder").float()
     else:
-        tokenizer = train_tokenizer([*captions, *draw_faces.MANGA_INK, *draw_faces.UNSEEN_WORDS])
+        tokenizer = train_tokenizer([*captions, *draw_faces.MANGA_INK, *draw_faces.UNSEEN_WORDS, *draw_faces.TAGS])
         unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     unet, text_encoder = tune_for_device(unet, text_encoder)
     tokens = tokenize(tokenizer, captions).view(len(latents), -1, 77)
@@ -675,10 +683,12 @@ def unet_stage(minutes):
         means = encode(vae, pixels)[:, :4] * vae.config.scaling_factor
         losses[kind] = held_out_loss(unet, text_encoder, means, tokenize(tokenizer, [row[0] for row in rows]))
     report["held_out_loss"] = {kind: round(loss, 4) for kind, loss in losses.items()}
-    report["held_out_loss"]["mean"] = round(float(np.mean(list(losses.values()))), 4)
     log(f"held-out loss {report['held_out_loss']}")
-    if went_on := training_report():
-        report["went_on_from"] = went_on
+    before = training_report()
+    if before.get("unet_steps") == run.step:  # the command was given again after the end
+        before = before.get("went_on_from")
+    if before:
+        report["went_on_from"] = before
     export(vae, text_encoder, tokenizer, unet, report)
 
 

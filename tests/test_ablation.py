@@ -22,6 +22,8 @@ from training.base_model import load_tokenizer
 sys.path.insert(0, str(ROOT / "bench"))
 import ablation
 
+PROMPTS = set(json.loads((ROOT / "demo" / "attributes" / "prompts.json").read_text(encoding="utf-8")))
+
 
 def swapped(monkeypatch, swap: list) -> None:
     for module, name, new in swap:
@@ -102,15 +104,13 @@ def test_caption_rows_draw_only_their_kind_and_leave_the_data_set_alone(faces, m
     assert faces.text_indices == before
 
 
-def rare_faces(shared_faces, monkeypatch, row):
-    """(the weights, whether each training face has flowers), with this row's swap and constants."""
+def rare_faces(folder, monkeypatch, row, word="flowers"):
+    """(the weights, whether each training face's captions have the word, those), with this row's swap and constants."""
     with monkeypatch.context() as patch:
         swapped(patch, ablation.ROWS[row].swap())
-        faces = MangaFaceDataset(
-            shared_faces, shared_faces / "modified_face_250.json", 64, **ablation.ROWS[row].constants
-        )
+        faces = MangaFaceDataset(folder, folder / "modified_face_250.json", 64, **ablation.ROWS[row].constants)
     captions = [" ".join(faces.faces[face].captions) for face in faces.train]
-    return faces.weights, np.array(["flowers" in text for text in captions]), captions
+    return faces.weights, np.array([word in text for text in captions]), captions
 
 
 def test_the_oracles_draw_faces_with_flowers_as_often_as_their_rows_say(shared_faces, monkeypatch):
@@ -118,8 +118,14 @@ def test_the_oracles_draw_faces_with_flowers_as_often_as_their_rows_say(shared_f
     assert rare.any() and len(set(weights[rare])) == len(set(weights[~rare])) == 1
     assert weights[rare][0] == pytest.approx(2.0) and weights[~rare][0] < 1
     assert weights.mean() == pytest.approx(1)
-    weights, rare, _ = rare_faces(shared_faces, monkeypatch, "flowers_half")
-    assert weights[rare][0] / weights[~rare][0] == pytest.approx(19) and weights.mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("word", ablation.NEW)
+def test_every_second_face_that_an_oracle_draws_of_the_demo_has_what_its_row_says(monkeypatch, word):
+    faces = ROOT / "demo" / "faces"
+    weights, rare, _ = rare_faces(faces, monkeypatch, f"{word}_half", word)
+    assert len(set(weights[rare])) == len(set(weights[~rare])) == 1
+    assert weights[rare].sum() / weights.sum() == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_former_weights_are_the_mean_idf_of_all_words(shared_faces, monkeypatch):
@@ -158,6 +164,8 @@ def test_rows_are_compared_with_the_baseline_seed_by_seed():
         result("lr_x2", seed, [1.0, 0.6 + 0.1 * seed, 0.5 + 0.1 * seed], **figures | {"known": known})
         for seed, known in enumerate((0.8, 0.81, 0.82))
     ]
+    for run, loss in ((runs[2], 0.5), (runs[5], 0.4)):
+        run["renders_loss"] = loss  # seed 2's alone: former runs have none
     runs += [result("no_decay", seed, [1.0, 0.9, 0.85], **figures) for seed in range(3)]
     rows = {row["row"]: row for row in ablation.summarize(runs)}
     faster = rows["lr_x2"]
@@ -166,11 +174,14 @@ def test_rows_are_compared_with_the_baseline_seed_by_seed():
     assert faster["known"]["difference"] == pytest.approx(0.11)
     assert faster["known"]["half_interval"] == pytest.approx(4.303 * 0.01 / math.sqrt(3))
     assert faster["steps"]["mean"] == pytest.approx(0.5)
+    assert faster["renders_loss"]["difference"] == pytest.approx(-0.1) and faster["renders_loss"]["known"] == 1
+    assert rows["no_decay"]["renders_loss"]["mean"] is None
     assert rows["no_decay"]["steps"]["mean"] is None  # never got there
 
 
 @pytest.mark.long
 def test_a_run_trains_with_its_swap_is_scored_and_is_not_done_again(tiny_base, shared_faces, tmp_path, monkeypatch):
+    pytest.importorskip("dicebear")
     monkeypatch.setattr(
         trainer,
         "DEMO",
@@ -185,10 +196,14 @@ def test_a_run_trains_with_its_swap_is_scored_and_is_not_done_again(tiny_base, s
             "sample_prompts": ("a manga face",),
         },
     )
-    for name, value in {"WORK": tmp_path, "ATTRIBUTE_PROMPTS": 32, "SAMPLE_STEPS": 1, "EVALUATION": []}.items():
+    for name, value in {"WORK": tmp_path, "ATTRIBUTE_PROMPTS": 40, "SAMPLE_STEPS": 1}.items():
+        monkeypatch.setattr(ablation, name, value)
+    for name, value in {"EVALUATION": [], "RENDERED": [], "RENDERS": 2}.items():
         monkeypatch.setattr(ablation, name, value)
     results = {row: ablation.run((row, 0, 2, 1e-3)) for row in ("baseline", "min_snr_5")}
     assert trainer.draw_batch is denoising.draw_batch  # the swap was put back
+    assert results["baseline"]["renders_loss"] != results["min_snr_5"]["renders_loss"]
+    assert sum(prompt in PROMPTS for prompt in ablation.EVALUATION[0].jobs.prompts) == 40
     assert results["baseline"]["val_losses"][0] == results["min_snr_5"]["val_losses"][0]
     assert results["baseline"]["val_losses"][1:] != results["min_snr_5"]["val_losses"][1:]
     assert len(results["baseline"]["val_losses"]) == 3 and 0 <= results["baseline"]["known"] <= 1

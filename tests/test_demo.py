@@ -4,6 +4,7 @@ python -m pytest tests/test_demo.py
 """
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -153,13 +154,50 @@ def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment,
     assert report["held_out_loss"]["colour_lorelei"] <= 0.026
 
 
-def test_the_faces_are_what_their_script_draws(monkeypatch):
-    """Redraws three of the 250; needs the packages of demo/requirements.txt."""
+@pytest.fixture
+def train_base(monkeypatch):
+    """demo/train_base.py; needs the packages of demo/requirements.txt."""
     pytest.importorskip("dicebear")
     pytest.importorskip("resvg_py")
     monkeypatch.syspath_prepend(str(ROOT / "demo"))
-    import draw_faces
+    import train_base
 
+    return train_base
+
+
+@pytest.fixture
+def draw_faces(train_base):
+    return train_base.draw_faces
+
+
+@pytest.mark.parametrize("style", range(1, 49))
+def test_captions_name_earrings_exactly_where_the_hair_lets_them_be_seen(draw_faces, style):
+    for earrings, hair in itertools.product((1, 2, 3), ("#000000", "#ff8800")):
+        options = draw_faces.lorelei_options("ears", {"earrings": 0, "glasses": 0, "hairAccessories": 0})
+        options |= {"hairVariant": [f"variant{style:02d}"], "earringsVariant": [f"variant{earrings:02d}"]}
+        options["hairColor"] = [hair]
+        without, _ = draw_faces.render("lorelei", options, 128)
+        picture, parts = draw_faces.render("lorelei", options | {"earringsProbability": 100}, 128)
+        seen = np.abs(np.asarray(picture, dtype=float) - np.asarray(without)).max() > 128
+        assert ("earrings" in draw_faces.lorelei_words(parts)[2]) == seen, (earrings, hair)
+
+
+def test_prompts_for_attributes_are_what_their_script_writes(draw_faces, tmp_path):
+    import train_attributes
+
+    train_attributes.write_prompts(tmp_path / "prompts.json")
+    committed = ROOT / "demo" / "attributes" / "prompts.json"
+    assert (tmp_path / "prompts.json").read_bytes() == committed.read_bytes()
+    hair = [draw_faces.HAIR[style][0] for style in draw_faces.HIDDEN_EARRINGS]
+    prompts = json.loads(committed.read_text(encoding="utf-8"))
+    assert not any("earrings" in prompt and f"with {words}," in prompt for prompt in prompts for words in hair)
+    asked = np.array([train_attributes.asked_for(prompt) for prompt in prompts[: train_attributes.BLOCK]])
+    for name, column in zip(train_attributes.ATTRIBUTES, asked.T, strict=True):
+        assert np.nanmean(column) == 0.5, name
+
+
+def test_the_faces_are_what_their_script_draws(draw_faces):
+    """Redraws three of the 250."""
     entries = json.loads((ROOT / "demo" / "faces" / "modified_face_250.json").read_text(encoding="utf-8"))
     assert len(entries) == 250
     tags = json.loads((ROOT / "demo" / "faces_tags.json").read_text(encoding="utf-8"))
@@ -174,17 +212,6 @@ def test_the_faces_are_what_their_script_draws(monkeypatch):
     with Image.open(ROOT / "demo" / "other_faces" / "other60.png") as committed:
         assert np.array_equal(np.asarray(picture), np.asarray(committed.convert("L")))
     assert others[59] == {"image_name": "other60", "captions": [caption]}
-
-
-@pytest.fixture
-def train_base(monkeypatch):
-    """demo/train_base.py; needs the packages of demo/requirements.txt."""
-    pytest.importorskip("dicebear")
-    pytest.importorskip("resvg_py")
-    monkeypatch.syspath_prepend(str(ROOT / "demo"))
-    import train_base
-
-    return train_base
 
 
 def test_a_grown_vae_does_to_pictures_what_the_small_one_does_to_reduced_ones(train_base):
@@ -233,8 +260,43 @@ def test_processes_that_train_the_base_together_take_the_mean_of_their_gradients
         torch.testing.assert_close(own, mean)
 
 
-def test_the_base_sees_no_glasses_and_no_flowers(train_base):
-    draw_faces = train_base.draw_faces
+@pytest.mark.parametrize("steps_before_the_break", [1, 7])
+def test_a_stage_that_was_interrupted_ends_with_the_same_weights(
+    train_base, monkeypatch, tmp_path, steps_before_the_break
+):
+    monkeypatch.setattr(train_base, "WORK_DIR", tmp_path)
+    monkeypatch.setattr(train_base, "DEVICE", "cpu")
+    ticks = itertools.count()
+    monkeypatch.setattr(train_base.time, "process_time", lambda: next(ticks) * torch.get_num_threads())  # 1 s a step
+
+    def train(name, raises_at=None):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        run = train_base.Run(name, [layer], 20 / 60, 1e-2)
+
+        def draw(generator, chance):
+            if run.step == raises_at:
+                run.save()
+                raise KeyboardInterrupt
+            return (torch.randn(4, 3, generator=generator) + chance,)
+
+        run.train(draw, lambda inputs: layer(inputs).square().mean())
+        run.swap_average()
+        return run.step, [weight.detach().clone() for weight in run.weights]
+
+    steps, whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("broken", steps_before_the_break)
+    again, resumed = train("broken")
+    assert steps == again == 20
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_the_base_sees_no_glasses_no_flowers_and_its_faces_never_in_ink(train_base, draw_faces):
+    assert not {"ink_lorelei", "vivid_lorelei"} & set(train_base.UNET_PICTURES)
+    for index in range(10):
+        pixels = np.asarray(draw_faces.colour_lorelei(f"seen {index}", 32)[0], dtype=int)
+        assert np.ptp(pixels, axis=2).mean() > 20  # coloured, the background at least
     for index in range(100):
         parts = draw_faces.Avatar(
             draw_faces.load_style("lorelei"), draw_faces.lorelei_options(f"seen {index}", draw_faces.RARE_IN_BASE)

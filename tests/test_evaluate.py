@@ -548,8 +548,8 @@ def test_the_judge_of_attributes_sees_in_real_faces_what_their_captions_say(ink)
         seen = torch.cat([ink.network(part) for part in drawn.split(10)]).numpy() > 0
     asked = np.array([asked_for(" ".join(face.captions)) for face in faces])
     accuracy = dict(zip(ATTRIBUTES, measures.balanced_accuracy(seen, asked), strict=True))
-    small = {name: accuracy.pop(name) for name in ("earrings", "freckles")}  # hidden by hair, or erased by the VAE
-    assert min(accuracy.values()) > 0.9 and min(small.values()) > 0.6, (accuracy, small)
+    small = {name: accuracy.pop(name) for name in ("earrings", "freckles")}  # in some faces erased by the VAE
+    assert min(accuracy.values()) > 0.95 and min(small.values()) > 0.8, (accuracy, small)
 
 
 def test_pictures_of_other_prompts_lose_adherence_and_nothing_else(ink, trained):
