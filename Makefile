@@ -26,6 +26,8 @@ test-long: .venv/installed-tests
 	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt -r requirements.txt
 	touch $@
 
-.venv/installed-tests: .venv/installed
+.venv/installed-tests: .venv/installed demo/requirements.txt
 	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt hypothesis pytest pytest-xdist ruff selenium
+	$(VENV_PYTHON) -m pip install --quiet -c constraints.txt -r demo/requirements.txt || \
+		echo "demo/requirements.txt can't be installed: the tests of the demo's scripts are skipped"
 	touch $@
