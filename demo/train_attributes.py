@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
+from train_base import CPU_HAS_BFLOAT16
 
 DEMO_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO_DIR.parent))
@@ -38,8 +39,6 @@ EVEN = {"glasses": 50, "earrings": 50, "beard": 35, "hairAccessories": 50, "frec
 SMALL = ("earrings", "freckles")  # sometimes half hidden by hair, or erased by the VAE: nobody can see them there
 VISIBLE = 0.3  # share of the brightness range by which the VAE's picture must differ from that without them
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 14, 64, 3e-3
-CPU = Path("/proc/cpuinfo")
-FAST_BFLOAT16 = CPU.is_file() and "avx512_bf16" in CPU.read_text("utf-8")  # else it is slower than float32
 BLOCKS, BLOCK = 9, 32  # prompts: in every block each attribute is asked for in half
 SEED = 0
 
@@ -133,7 +132,7 @@ def train(pictures: torch.Tensor, labels: torch.Tensor) -> torch.nn.Module:
         for chosen in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
             known = labels[chosen].isfinite()
             disturbed = disturb(pictures[chosen], generator).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BFLOAT16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=CPU_HAS_BFLOAT16):
                 logits = network(disturbed)
             losses = F.binary_cross_entropy_with_logits(
                 logits.float(), labels[chosen].nan_to_num(), reduction="none", pos_weight=as_many

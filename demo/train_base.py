@@ -93,7 +93,7 @@ SEED = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AT_ONCE, SHORTER = (5, 25) if DEVICE == "cuda" else (1, 1)  # a GPU: times the batches above; of the minutes
 CPU = Path("/proc/cpuinfo")
-FAST_BFLOAT16 = DEVICE == "cuda" or (CPU.is_file() and "avx512_bf16" in CPU.read_text("utf-8"))
+CPU_HAS_BFLOAT16 = CPU.is_file() and "avx512_bf16" in CPU.read_text("utf-8")  # else it is slower than float32
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -297,7 +297,9 @@ class Run:
 
 def autocast():
     """bf16 arithmetic for the matrix products where the hardware has it; weights and losses stay fp32."""
-    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=FAST_BFLOAT16, cache_enabled=DEVICE == "cpu")
+    return torch.autocast(
+        DEVICE, dtype=torch.bfloat16, enabled=DEVICE == "cuda" or CPU_HAS_BFLOAT16, cache_enabled=DEVICE == "cpu"
+    )
 
 
 def make_vae(channels):

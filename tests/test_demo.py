@@ -259,6 +259,17 @@ def test_processes_that_train_the_base_together_take_the_mean_of_their_gradients
         torch.testing.assert_close(own, mean)
 
 
+def test_latents_that_were_kept_are_not_taken_for_those_of_other_pictures(train_base, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_base, "WORK_DIR", tmp_path)
+    monkeypatch.setattr(train_base, "DEVICE", "cpu")
+    vae = train_base.make_vae(train_base.SMALL_VAE_CHANNELS).to("cpu")
+    first, second = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64, 3), dtype=np.uint8)
+    for pixels in (first, second, second):
+        latents = train_base.cached_latents(vae, [("colour_face", pixels, [])])
+        expected = train_base.encode(vae, pixels) * vae.config.scaling_factor
+        torch.testing.assert_close(latents, expected, rtol=2e-3, atol=2e-3)  # kept in fp16
+
+
 @pytest.mark.parametrize("steps_before_the_break", [1, 7])
 def test_a_stage_that_was_interrupted_ends_with_the_same_weights(
     train_base, monkeypatch, tmp_path, steps_before_the_break
