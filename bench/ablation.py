@@ -379,7 +379,7 @@ def summarize(results: list[dict]) -> list[dict]:
         line = {"row": name, "seeds": len(runs)}
         for figure, of in {
             "val_loss": lambda r: min(r["val_losses"][1:]),
-            "renders_loss": lambda r: r["renders_loss"],
+            "renders_loss": lambda r: r.get("renders_loss"),
             "score": lambda r: r["score"],
             "flowers": lambda r: r["accuracy"]["flowers"],
             "glasses": lambda r: r["accuracy"]["glasses"],
@@ -387,9 +387,10 @@ def summarize(results: list[dict]) -> list[dict]:
             "steps": lambda r: steps_to(r["val_losses"], base[r["seed"]]["val_losses"][-1], r["steps"]) / r["steps"],
         }.items():
             pairs = [(of(result), of(base[result["seed"]])) for result in runs]
+            pairs = [pair for pair in pairs if None not in pair]  # the first runs have no loss on renders
             values, differences = [own for own, _ in pairs], [own - other for own, other in pairs]
             known = [d for d in differences if math.isfinite(d)]
-            reached, half = len(known) == len(pairs), math.nan  # by all
+            reached, half = 0 < len(known) == len(pairs), math.nan  # by all
             if len(known) > 1:
                 half = T_95[len(known) - 1] * statistics.stdev(known) / math.sqrt(len(known))
             line[figure] = {
@@ -420,6 +421,9 @@ def results_table(content: dict) -> str:
         cells = []
         for figure, digits, unit in figures:
             cell = row[figure]
+            if cell["mean"] is None:
+                cells.append("")
+                continue
             text = f"{unit * cell['mean']:.{digits}f}"
             if row["row"] != "baseline":
                 half = f" ± {unit * cell['half_interval']:.{digits}f}" if cell["half_interval"] is not None else ""
