@@ -182,6 +182,13 @@ def train_tokenizer(captions):
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
+def load_tokenizer(base):
+    """The one that was written there, without what from_pretrained adds to its config."""
+    model = json.loads((base / "tokenizer" / "tokenizer.json").read_text("utf-8"))["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=77)
+
+
 def tokenize(tokenizer, captions):
     """Token ids (number of captions, 77)"""
     options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
@@ -650,7 +657,7 @@ def unet_stage(minutes):
         dist.barrier()
     captions = [caption for _, _, rows in rendered for row in rows for caption in row]
     if (BASE_DIR / "unet").exists():
-        tokenizer = CLIPTokenizer.from_pretrained(BASE_DIR / "tokenizer")
+        tokenizer = load_tokenizer(BASE_DIR)
         unet = UNet2DConditionModel.from_pretrained(BASE_DIR / "unet").float()
         text_encoder = CLIPTextModel.from_pretrained(BASE_DIR / "text_encoder").float()
     else:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -268,6 +269,22 @@ def test_latents_that_were_kept_are_not_taken_for_those_of_other_pictures(train_
         latents = train_base.cached_latents(vae, [("colour_face", pixels, [])])
         expected = train_base.encode(vae, pixels) * vae.config.scaling_factor
         torch.testing.assert_close(latents, expected, rtol=2e-3, atol=2e-3)  # kept in fp16
+
+
+def test_a_base_that_a_training_goes_on_from_is_written_with_the_same_files(train_base, monkeypatch, tmp_path):
+    committed = ROOT / "demo" / "base"
+    shutil.copytree(committed, tmp_path / "base")
+    monkeypatch.setattr(train_base, "BASE_DIR", tmp_path / "base")
+    monkeypatch.setattr(train_base, "DEVICE", "cpu")
+    tokenizer = train_base.load_tokenizer(committed)
+    train_base.tokenize(tokenizer, ["a face"])
+    unet = train_base.UNet2DConditionModel.from_pretrained(committed / "unet").float()
+    encoder = train_base.CLIPTextModel.from_pretrained(committed / "text_encoder").float()
+    train_base.export(train_base.load_vae(committed), encoder, tokenizer, unet)
+    files = sorted(file.relative_to(committed) for file in committed.rglob("*.*"))
+    assert files == sorted(file.relative_to(tmp_path / "base") for file in (tmp_path / "base").rglob("*.*"))
+    for file in files:
+        assert (tmp_path / "base" / file).read_bytes() == (committed / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("steps_before_the_break", [1, 7])

@@ -16,7 +16,7 @@ import train_manga_lora as trainer  # noqa: E402
 from lora_layers import save_lora_weights  # noqa: E402
 
 RANK = 4  # the demo's 16 would be four times the file
-RATE = 1e-3  # half of the demo's, so that each step towards the ink can be seen
+RATE = 1e-3  # a quarter of the demo's, so that each step towards the ink can be seen
 EPOCHS = {"eighth": 1, "quarter": 2, "half": 4, "three_quarters": 6, "finished": 8}
 
 
