@@ -309,6 +309,8 @@ def loss_on_renders(lora: Path) -> float:
 
 def settings_of(epochs: int, rate: float) -> dict:
     """What runs must have in common to be compared: the demo's base, judge of attributes, prompts and faces, too."""
+    from train_manga_lora import DEMO
+
     digest = hashlib.sha256()
     for folder in ("base", "attributes", "faces"):
         for file in sorted((ROOT / "demo" / folder).rglob("*.*")):
@@ -317,6 +319,7 @@ def settings_of(epochs: int, rate: float) -> dict:
         "epochs": epochs,
         "learning_rate": rate,
         "sample_steps": SAMPLE_STEPS,
+        "guidance_scale": DEMO["guidance_scale"],
         "prompts": ATTRIBUTE_PROMPTS,
         "demo": digest.hexdigest()[:12],
     }

@@ -232,5 +232,8 @@ def test_the_committed_results_are_of_the_demo_s_rate_and_add_up():
     settings = ablation.settings_of(10, trainer.DEMO["learning_rate"])
     of_former_base = "**This table is of the demo's former base**" in (ROOT / "docs" / "results.md").read_text("utf-8")
     assert (content["settings"] != settings) == of_former_base  # the digest is of base, judge, prompts and faces
-    assert content["settings"] | {"demo": settings["demo"]} == settings
+    former = {name: settings[name] for name in ("demo", "guidance_scale")}
+    assert content["settings"] | former == settings
+    begun = json.loads((ablation.RESULT.parent / "present_base.json").read_text(encoding="utf-8"))
+    assert all(run["settings"] == settings for run in begun["runs"])
     assert ablation.summarize(content["runs"]) == content["summary"]
