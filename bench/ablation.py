@@ -191,6 +191,16 @@ ROWS = {
     "rank_32": Row("rank 32, alpha 64", {"lora_rank": 32, "lora_alpha": 64}),
     "single_captions": Row("only single captions", swap=lambda: texts(packs=False)),
     "joined_captions": Row("only the joined captions", swap=lambda: texts(packs=True)),
+    "joined_flowers_half": Row(
+        "only the joined captions, every second face drawn has flowers",
+        UNCLIPPED,
+        swap=lambda: texts(packs=True) + draw_often("flowers", 27),
+    ),
+    "joined_glasses_half": Row(
+        "only the joined captions, every second face drawn has glasses",
+        UNCLIPPED,
+        swap=lambda: texts(packs=True) + draw_often("glasses", 9),
+    ),
 }
 
 

@@ -91,7 +91,9 @@ def test_min_snr_weighs_noise_prediction_by_min_of_snr_and_gamma_over_snr(faces,
     assert after.loss_weights.min() < 0.5 < after.loss_weights.max() == 1
 
 
-@pytest.mark.parametrize("row, packed", [("joined_captions", True), ("single_captions", False)])
+@pytest.mark.parametrize(
+    "row, packed", [("joined_captions", True), ("joined_glasses_half", True), ("single_captions", False)]
+)
 def test_caption_rows_draw_only_their_kind_and_leave_the_data_set_alone(faces, monkeypatch, row, packed):
     faces.make_texts(load_tokenizer(ROOT / "demo" / "base"))
     before = [list(indices) for indices in faces.text_indices]
@@ -121,9 +123,10 @@ def test_the_oracles_draw_faces_with_flowers_as_often_as_their_rows_say(shared_f
 
 
 @pytest.mark.parametrize("word", ablation.NEW)
-def test_every_second_face_that_an_oracle_draws_of_the_demo_has_what_its_row_says(monkeypatch, word):
+@pytest.mark.parametrize("row", ["{}_half", "joined_{}_half"])
+def test_every_second_face_that_an_oracle_draws_of_the_demo_has_what_its_row_says(monkeypatch, row, word):
     faces = ROOT / "demo" / "faces"
-    weights, rare, _ = rare_faces(faces, monkeypatch, f"{word}_half", word)
+    weights, rare, _ = rare_faces(faces, monkeypatch, row.format(word), word)
     assert len(set(weights[rare])) == len(set(weights[~rare])) == 1
     assert weights[rare].sum() / weights.sum() == pytest.approx(0.5, abs=0.01)
 
