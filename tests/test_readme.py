@@ -26,10 +26,11 @@ LAUNCH_FLAGS = {  # of accelerate launch
     "main_process_ip",
     "main_process_port",
 }
-BENCH_FLAGS = {"model", "minutes", "rows", "steps", "warmup", "stage", "rate", "seeds", "out", "table"}
-OTHER_FLAGS = (
-    LAUNCH_FLAGS | BENCH_FLAGS | {"pictures", "lora", "to", "index-url", "help", "record", "each", "faces", "timesteps"}
-)  # of other programs
+OWN_FLAGS = {  # of each other program: by path
+    path.relative_to(ROOT).as_posix(): set(re.findall(r"add_argument\(\s*\"--([\w-]+)", path.read_text("utf-8")))
+    for path in [ROOT / "evaluate_lora.py", *(ROOT / "bench").glob("*.py"), *(ROOT / "demo").glob("*.py")]
+}
+TAKE_ITS_CONSTANTS = ("train_manga_lora.py", "evaluate_lora.py", "bench/which_epoch.py")  # as flags
 ORIGINAL_SNIPPET = """\
 from diffusers import StableDiffusionPipeline
 import torch
@@ -65,6 +66,13 @@ def commands(*pages: str) -> dict[str, list[str]]:
     return {" ".join(line): line for line in words if line and line[0] in starts}
 
 
+def trainer_flags() -> set[str]:
+    from train_manga_lora import TrainingConfig
+
+    switches = {f"no-{field.name}" for field in dataclasses.fields(TrainingConfig) if field.type is bool}
+    return {field.name for field in dataclasses.fields(TrainingConfig)} | switches | {"help"}
+
+
 def anchors(text: str) -> set[str]:
     titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
@@ -80,10 +88,7 @@ def test_picture_and_two_commands_stand_at_the_top():
 
 @every_page
 def test_every_flag_named_exists(page):
-    from train_manga_lora import TrainingConfig
-
-    known = {field.name for field in dataclasses.fields(TrainingConfig)} | OTHER_FLAGS
-    known |= {f"no-{field.name}" for field in dataclasses.fields(TrainingConfig) if field.type is bool}
+    known = LAUNCH_FLAGS.union(trainer_flags(), *OWN_FLAGS.values(), {"index-url", "record"})  # of pip, and pytest here
     assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page])) - known == set()
 
 
@@ -142,6 +147,9 @@ def test_command_can_be_run(words):
     if words[0] == "accelerate":
         assert words[1] == "launch"
         assert {word.removeprefix("--") for word in words[2:script] if word.startswith("--")} <= LAUNCH_FLAGS
+    taken = trainer_flags() if words[script] in TAKE_ITS_CONSTANTS else set()
+    named = {word.removeprefix("--") for word in words[script + 1 :] if word.startswith("--")}
+    assert named <= taken | OWN_FLAGS.get(words[script], set())
     if words[script] == "train_manga_lora.py":
         assert isinstance(parse_arguments(words[script + 1 :]), TrainingConfig)
 
