@@ -293,10 +293,12 @@ def renders() -> list:
         pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
         ids = pipe.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            means = torch.cat([pipe.vae.encode(part).latent_dist.mean for part in pictures.split(20)])
-            states = pipe.text_encoder(ids.input_ids)[0]
+            parts = pictures.to(pipe.vae.device, pipe.vae.dtype).split(20)
+            means = torch.cat([pipe.vae.encode(part).latent_dist.mean for part in parts])
+            states = pipe.text_encoder(ids.input_ids.to(pipe.text_encoder.device))[0]
         noises = torch.randn((4, *means.shape), generator=torch.Generator().manual_seed(0))
-        RENDERED.extend([means * pipe.vae.config.scaling_factor, states, noises])
+        all_three = (means * pipe.vae.config.scaling_factor, states, noises)
+        RENDERED.extend(some.to(pipe.unet.device, pipe.unet.dtype) for some in all_three)
     return RENDERED
 
 
@@ -310,10 +312,10 @@ def loss_on_renders(lora: Path) -> float:
     with torch.no_grad(), evaluation().wearing(lora):
         for timestep, noise in zip((125, 375, 625, 875), noises, strict=True):
             for some in torch.arange(RENDERS).split(25):
-                steps = torch.full((len(some),), timestep)
+                steps = torch.full((len(some),), timestep, device=latents.device)
                 noisy = scheduler.add_noise(latents[some], noise[some], steps)
                 predicted = evaluation().pipe.unet(noisy, steps, states[some]).sample
-                errors.append((predicted - noise[some]).square().mean().item())
+                errors.append((predicted - noise[some]).float().square().mean().item())
     return statistics.fmean(errors)
 
 
@@ -392,7 +394,7 @@ def summarize(results: list[dict]) -> list[dict]:
         line = {"row": name, "seeds": len(runs)}
         for figure, of in {
             "val_loss": lambda r: min(r["val_losses"][1:]),
-            "renders_loss": lambda r: r.get("renders_loss"),
+            "renders_loss": lambda r: r["renders_loss"],
             "score": lambda r: r["score"],
             "flowers": lambda r: r["accuracy"]["flowers"],
             "glasses": lambda r: r["accuracy"]["glasses"],
@@ -400,10 +402,9 @@ def summarize(results: list[dict]) -> list[dict]:
             "steps": lambda r: steps_to(r["val_losses"], base[r["seed"]]["val_losses"][-1], r["steps"]) / r["steps"],
         }.items():
             pairs = [(of(result), of(base[result["seed"]])) for result in runs]
-            pairs = [pair for pair in pairs if None not in pair]  # the first runs have no loss on renders
             values, differences = [own for own, _ in pairs], [own - other for own, other in pairs]
             known = [d for d in differences if math.isfinite(d)]
-            reached, half = 0 < len(known) == len(pairs), math.nan  # by all
+            reached, half = len(known) == len(pairs), math.nan  # by all
             if len(known) > 1:
                 half = T_95[len(known) - 1] * statistics.stdev(known) / math.sqrt(len(known))
             line[figure] = {
@@ -434,9 +435,6 @@ def results_table(content: dict) -> str:
         cells = []
         for figure, digits, unit in figures:
             cell = row[figure]
-            if cell["mean"] is None:
-                cells.append("")
-                continue
             text = f"{unit * cell['mean']:.{digits}f}"
             if row["row"] != "baseline":
                 half = f" ± {unit * cell['half_interval']:.{digits}f}" if cell["half_interval"] is not None else ""
@@ -480,20 +478,21 @@ def start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def write_results(path: Path, results: list[dict], settings: dict) -> dict:
-    """All runs so far, in the rows' order; returns the file's content."""
+def write_results(path: Path, results: list[dict], settings: dict, **more) -> dict:
+    """All runs so far, in the rows' order, and of what they are; returns the file's content."""
+    import torch
     from bench_training import describe_machine
 
     from training.files import write_atomic
 
     results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
     content = {
-        "device": describe_machine("cpu")[0],
+        "device": describe_machine("cuda" if torch.cuda.is_available() else "cpu")[0].partition(",")[0],
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
         "date": time.strftime("%Y-%m-%d"),
         "commits": sorted({result["commit"] for result in results}),
         "settings": settings,
-        "summary": summarize(results),
+        **more,
         "runs": results,
     }
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -518,7 +517,7 @@ def main(words: list[str]) -> None:
     with multiprocessing.get_context("spawn").Pool(args.processes, start_worker, (threads,)) as pool:
         for number, result in enumerate(pool.imap_unordered(run, jobs), start=1):
             results.append(result)
-            write_results(args.out, results, settings)
+            write_results(args.out, results, settings, summary=summarize(results))
             print(
                 f"{time.strftime('%H:%M:%S')} {number}/{len(jobs)} {result['row']} seed {result['seed']}: "
                 f"validation loss {min(result['val_losses'][1:]):.5f}, score {result['score']:.2f}, "
@@ -528,7 +527,7 @@ def main(words: list[str]) -> None:
             )
         pool.close()
         pool.join()  # leaving the block would end the workers in mid-goodbye
-    print(results_table(write_results(args.out, results, settings)))
+    print(results_table(write_results(args.out, results, settings, summary=summarize(results))))
 
 
 if __name__ == "__main__":

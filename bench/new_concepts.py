@@ -1,0 +1,159 @@
+"""Why does the demo's LoRA not learn glasses and flowers, which its base has never seen?
+
+    python bench/new_concepts.py            6 rows, 3 seeds: half an hour of two cores; goes on where it stopped
+    python bench/new_concepts.py --table    the committed results as markdown
+
+Rows of bench/ablation.py are trained for as long as the demo. With each LoRA pictures are drawn for the captions of
+training faces that have the word, and for those of others into which it was put; the judge of attributes says how many
+show it. And what only joined captions cost: the loss on held-out faces with captions joined, and with each one alone.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import ablation
+from ablation import NEW, RESULT, SAMPLE_STEPS, WORK, settings_of, start_worker, write_results
+
+OUT = RESULT.parent / "new_concepts.json"
+ROWS = {  # of bench/ablation.py, and what they do
+    "baseline": "nothing changed",
+    "joined_captions": "joined captions only",
+    "glasses_half": "every second face has glasses",
+    "joined_glasses_half": "both",
+    "flowers_half": "every second face has flowers",
+    "joined_flowers_half": "joined captions only, every second face has flowers",
+}
+SEEDS = 3
+EPOCHS = 20  # the demo's
+PICTURES = 24  # of each kind of text
+PHRASES = {"glasses": ("round glasses", "square glasses", "oval glasses"), "flowers": ("flowers in the hair",)}
+KINDS = {"own": "captions that have it", "put in": "others, it put in", "others": "others"}
+LOSSES = {"joined": "loss, captions joined", "alone": "loss, each caption alone"}
+
+
+def texts_of(word: str, dataset) -> dict[str, list[str]]:
+    """PICTURES texts of each kind, all joined captions of training faces."""
+    training = [dataset.faces[face].captions for face in dataset.train]
+    own = [", ".join(captions) for captions in training if word in " ".join(captions)]
+    others = [captions for captions in training if word not in " ".join(captions)]
+    others = others[:: len(others) // PICTURES][:PICTURES]
+    phrases = [PHRASES[word][turn % len(PHRASES[word])] for turn in range(PICTURES)]
+    put_in = [", ".join((*some[:2], phrase, *some[2:])) for some, phrase in zip(others, phrases, strict=True)]
+    return {"own": (own * PICTURES)[:PICTURES], "put in": put_in, "others": [", ".join(some) for some in others]}
+
+
+def measure(words: tuple[str, ...], lora: Path) -> dict[str, float]:
+    """Of this LoRA the share of pictures that show each word, by kind of text ("glasses: own"); and the LOSSES."""
+    import torch
+    from diffusers import DDPMScheduler
+
+    import train_manga_lora
+    from dataset import MangaFaceDataset
+    from evaluation import measures, pictures
+    from training.base_model import load_text_encoder, load_unet, load_vae
+    from training.bases import resolution_unit
+
+    constants = train_manga_lora.DEMO | {"demo": True, "sample_steps": SAMPLE_STEPS}
+    config, device = train_manga_lora.TrainingConfig(**constants), torch.device("cpu")
+    base = Path(config.pretrained_model)
+    dataset = MangaFaceDataset.from_config(config, resolution_unit(base))
+    unet, scheduler = load_unet(base, device, torch.float32)
+    pipe = pictures.build_pipeline(load_vae(base, device), unet, scheduler, *load_text_encoder(base, device))
+    pipe.load_lora_weights(lora)
+    network, shape = measures.load_attribute_network()[0], (config.resolution, config.resolution)
+    found = {}
+    for word in words:
+        for kind, texts in texts_of(word, dataset).items():
+            drawn = pictures.draw_pictures(pipe, {"prompt": texts}, [*range(PICTURES)], [shape] * PICTURES, config)
+            small = torch.from_numpy(measures.squashed(drawn, measures.ATTRIBUTE_PIXELS)).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                seen = network(small / 127.5 - 1)[:, measures.ATTRIBUTES.index(word)] > 0
+            found[f"{word}: {kind}"] = seen.float().mean().item()
+
+    noising, held_out = DDPMScheduler.from_pretrained(base / "scheduler"), dataset.validation
+    captions = [dataset.faces[face].captions for face in held_out]
+    texts = {"joined": [[", ".join(some)] * len(some) for some in captions], "alone": captions}
+    with torch.no_grad():
+        pixels = torch.stack([dataset.pixels(face) for face in held_out])
+        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        for kind, of_faces in texts.items():
+            errors, generator = [], torch.Generator().manual_seed(0)
+            for turn, timestep in [(turn, t) for turn in range(min(map(len, captions))) for t in (125, 375, 625, 875)]:
+                own = [of_face[turn] for of_face in of_faces]
+                ids = pipe.tokenizer(own, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+                steps = torch.full((len(own),), timestep)
+                noise = torch.randn(latents.shape, generator=generator)  # the same for both kinds
+                noisy = noising.add_noise(latents, noise, steps)
+                predicted = pipe.unet(noisy, steps, pipe.text_encoder(ids.input_ids)[0]).sample
+                errors.append((predicted - noise).square().mean().item())
+            found[kind] = statistics.fmean(errors)
+    return found
+
+
+def run(job: tuple[str, int, dict]) -> dict:
+    """Train one row from one seed and measure; a training that was interrupted goes on."""
+    from bench_training import git_commit
+
+    row, seed, settings = job
+    folder = WORK / "new_concepts" / f"{row}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        summary = ablation.train(row, seed, settings["epochs"], settings["learning_rate"], folder / "run")
+        words = tuple(word for word in NEW if word in row) or NEW
+        found = measure(words, Path(summary["lora_safetensors"]))
+    shutil.rmtree(folder / "run")
+    return {"row": row, "seed": seed, "commit": git_commit(), "settings": settings} | found
+
+
+def table(content: dict) -> str:
+    """The results as markdown; docs/results.md holds it: the mean over the seeds, the least and the most."""
+    columns = {f"{word}: {kind}": f"{word}: {title}, %" for word in NEW for kind, title in KINDS.items()} | LOSSES
+    lines = [["row", "what is changed", *columns.values()], ["---"] * (2 + len(columns))]
+    for row, says in ROWS.items():
+        cells = [row, says]
+        for name in columns:
+            unit, digits = (1, 4) if name in LOSSES else (100, 0)
+            values = [unit * run[name] for run in content["runs"] if run["row"] == row and name in run]
+            low, mean, high = (f"{of(values or [0]):.{digits}f}" for of in (min, statistics.fmean, max))
+            cells.append("" if not values else mean if low == high else f"{mean} ({low} to {high})")
+        lines.append(cells)
+    settings, versions = content["settings"], content["versions"]
+    return (
+        f"{content['device']}; {settings['epochs']} epochs; torch {versions['torch']}; {content['date']}, commit "
+        f"{', '.join(content['commits'])}:\n\n"
+    ) + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the results as markdown and do nothing else")
+    args = parser.parse_args()
+    content = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {"runs": []}
+    if args.table:
+        print(table(content) if content["runs"] else f"no results in {OUT}")
+        return
+    from train_manga_lora import DEMO
+
+    settings = settings_of(EPOCHS, DEMO["learning_rate"]) | {"prompts": PICTURES}
+    results = [result for result in content["runs"] if result["settings"] == settings]
+    done = {(result["row"], result["seed"]) for result in results}
+    jobs = [(row, seed, settings) for seed in range(SEEDS) for row in ROWS if (row, seed) not in done]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), start_worker, (1,)) as pool:
+        for result in pool.imap_unordered(run, jobs):
+            results.append(result)
+            write_results(OUT, results, settings)
+            found = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, float))
+            print(f"{time.strftime('%H:%M:%S')} {result['row']} seed {result['seed']}: {found}", flush=True)
+        pool.close()
+        pool.join()
+
+
+if __name__ == "__main__":
+    main()
