@@ -103,8 +103,7 @@ def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int,
     Shape: of each (H, W, 3), uint8.
     """
     pictures: list = [None] * len(seeds)
-    # disable=None: a bar if a terminal sees it
-    bar = tqdm(desc="Drawing", total=len(seeds), unit="picture", leave=False, disable=None)
+    bar = tqdm(desc="Drawing", total=len(seeds), unit="picture", leave=False, disable=None)  # None: in a terminal
     settings = {"num_inference_steps": config.sample_steps, "guidance_scale": config.guidance_scale}
     for (height, width), numbers in grouped(range(len(seeds)), shapes).items():
         at_once = 1 if is_sparing else max(1, min(8, PIXELS_PER_PASS // (height * width)))
@@ -124,7 +123,7 @@ def draw_pictures(pipe, prompts: dict, seeds: list[int], shapes: list[tuple[int,
 def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: list[str]) -> Image.Image:
     """One row of pictures (H, W, 3) per caption, a title per column; two blocks side by side if more than four rows.
 
-    Pictures keep their shape, with grey beside them; None stays white. Captions are wrapped, never cut.
+    Pictures keep their shape, with grey beside them; None stays white, a column of it untitled. Captions are never cut.
     """
     blocks = 2 if len(rows) > 4 else 1
     per_block, columns, gap = -(-len(rows) // blocks), len(rows[0]), 16
@@ -135,10 +134,10 @@ def contact_sheet(rows: list[list[np.ndarray]], titles: list[str], captions: lis
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for number, (row, lines) in enumerate(zip(rows, wrapped, strict=True)):
         left, top = gap + number // per_block * block_width, 36 + number % per_block * (TILE + text)
-        if number % per_block == 0:
-            for column, title in enumerate(titles):
-                draw.text((left + column * TILE + TILE / 2, 18), title, "black", ImageFont.load_default(size=15), "mm")
         for column, picture in ((column, picture) for column, picture in enumerate(row) if picture is not None):
+            if all(above[column] is None for above in rows[number - number % per_block : number]):
+                middle, large = left + column * TILE + TILE / 2, ImageFont.load_default(size=15)
+                draw.text((middle, 18), titles[column], "black", large, "mm")
             tile = ImageOps.pad(Image.fromarray(picture), (TILE - 4, TILE - 4), Image.Resampling.LANCZOS, "lightgrey")
             sheet.paste(tile, (left + column * TILE + 2, top))
         draw.multiline_text((left + 2, top + TILE), "\n".join(lines), "black", font, spacing=2)

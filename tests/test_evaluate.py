@@ -593,6 +593,14 @@ def test_a_contact_sheet_shows_every_picture_in_its_place():
     assert seen[1][:, middle, 0].all() and not seen[1][:, :30].any()
 
 
+def test_a_contact_sheet_has_a_title_above_every_column_that_holds_a_picture():
+    picture, side = np.zeros((16, 16, 3), np.uint8), 2 * pictures.TILE + 16  # a block's width, and the gap
+    rows = [[None, picture], [picture, picture], [None, picture], [None, picture], [None, picture], [None, picture]]
+    head = np.asarray(pictures.contact_sheet(rows, ["real", "drawn"], ["a caption"] * 6))[:36] < 255
+    lefts = [16 + block * side + column * pictures.TILE for block in range(2) for column in range(2)]
+    assert [bool(head[:, left : left + pictures.TILE].any()) for left in lefts] == [True, True, False, True]
+
+
 def test_a_sheet_says_which_prompts_lack_the_trigger_word():
     config = TrainingConfig(trigger_word="sks style")
     assert pictures.titled("a face", config) == "a face (without the trigger word 'sks style')"
