@@ -419,9 +419,8 @@ def summarize(results: list[dict]) -> list[dict]:
 
 def results_table(content: dict) -> str:
     """A result file's content as markdown; docs/results.md holds it."""
-    head = ["row", "what is changed", "seeds", "validation loss", f"loss on {RENDERS} new faces", "score, 0 to 10"]
-    head += ["flowers, %", "glasses, %"]
-    head += ["known attributes, %", "steps to the baseline's loss"]
+    head = ["row", "what is changed", "seeds", "lowest validation loss", f"loss on {RENDERS} new faces"]
+    head += ["score, 0 to 10", "flowers, %", "glasses, %", "known attributes, %", "steps to the baseline's loss"]
     lines = [head, ["---"] * len(head)]
     figures = (
         ("val_loss", 5, 1),
@@ -441,7 +440,9 @@ def results_table(content: dict) -> str:
                 text += f" ({unit * cell['difference']:+.{digits}f}{half})"
             cells.append(text)
         reached, by = row["steps"]["mean"], row["steps"]["known"]
-        cells.append(f"x {reached:.2f}" if reached is not None else f"by {by} of {row['seeds']}" if by else "never")
+        half = f" ± {row['steps']['half_interval']:.2f}" if row["steps"]["half_interval"] else ""
+        never = f"by {by} of {row['seeds']}" if by else "never"
+        cells.append(f"x {reached:.2f}{half}" if reached is not None else never)
         lines.append([row["row"], ROWS[row["row"]].says, str(row["seeds"]), *cells])
     settings = content["settings"]
     return (
@@ -451,11 +452,13 @@ def results_table(content: dict) -> str:
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
+    from train_manga_lora import DEMO
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help="names, with commas; default: all, and always the baseline")
     parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, 2, ...")
     parser.add_argument("--epochs", type=int, default=10, help="of each run; 10 is half of the demo's")
-    parser.add_argument("--rate", type=float, default=4e-3, help="the baseline's learning rate; the demo's is 4e-3")
+    parser.add_argument("--rate", type=float, default=DEMO["learning_rate"], help="the baseline's [the demo's]")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=RESULT, help="default: bench/results/ablation/demo.json")
     parser.add_argument("--table", action="store_true", help="print the results as markdown and do nothing else")
