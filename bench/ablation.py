@@ -189,6 +189,9 @@ ROWS = {
     "lr_x4": Row("learning rate x 4", rate=4),
     "rank_4": Row("rank 4, alpha 8", {"lora_rank": 4, "lora_alpha": 8}),
     "rank_32": Row("rank 32, alpha 64", {"lora_rank": 32, "lora_alpha": 64}),
+    "rank_32_short": Row("the same, 7 epochs", {"lora_rank": 32, "lora_alpha": 64, "num_train_epochs": 7}),
+    "no_penalty_short": Row("penalty_factor 0, 7 epochs", {"penalty_factor": 0.0, "num_train_epochs": 7}),
+    "lr_x2_short": Row("learning rate x 2, 7 epochs", {"num_train_epochs": 7}, rate=2),
     "single_captions": Row("only single captions", swap=lambda: texts(packs=False)),
     "joined_captions": Row("only the joined captions", swap=lambda: texts(packs=True)),
     "joined_flowers_half": Row(
@@ -399,7 +402,9 @@ def summarize(results: list[dict]) -> list[dict]:
             "flowers": lambda r: r["accuracy"]["flowers"],
             "glasses": lambda r: r["accuracy"]["glasses"],
             "known": lambda r: r["known"],
-            "steps": lambda r: steps_to(r["val_losses"], base[r["seed"]]["val_losses"][-1], r["steps"]) / r["steps"],
+            "steps": lambda r: (
+                steps_to(r["val_losses"], base[r["seed"]]["val_losses"][-1], r["steps"]) / base[r["seed"]]["steps"]
+            ),
         }.items():
             pairs = [(of(result), of(base[result["seed"]])) for result in runs]
             values, differences = [own for own, _ in pairs], [own - other for own, other in pairs]
