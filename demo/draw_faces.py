@@ -430,13 +430,16 @@ def manga_texts(seed):
     return ", ".join(manga_captions(parts, rng)), manga_tags(parts, rng)
 
 
+def in_colours(options, colours):
+    """The options of a Lorelei face in the colours of draw_palette()."""
+    return options | {f"{slot}Color": [colours[role]] for slot, role in LORELEI_ROLES.items()}
+
+
 def colour_lorelei(seed, pixels, rare=RARE_IN_BASE):
     """A coloured face for the base: (picture, captions), half of them in the words of the manga faces."""
     rng = random.Random(seed)
     colours, colour_words = draw_palette(rng)
-    options = lorelei_options(seed, rare)
-    options |= {f"{slot}Color": [colours[role]] for slot, role in LORELEI_ROLES.items()}
-    picture, parts = render_small("lorelei", options, pixels)
+    picture, parts = render_small("lorelei", in_colours(lorelei_options(seed, rare), colours), pixels)
     who, hair, words = lorelei_words(parts)
     captions = []
     for i in range(6):

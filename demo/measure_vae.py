@@ -62,8 +62,7 @@ def part_kept(vae, part, colour, pixels):
         seed = f"part {index}"
         options = draw_faces.lorelei_options(seed, dict.fromkeys(draw_faces.RARE_IN_VAE, 0))
         if colour:
-            colours, _ = draw_faces.draw_palette(random.Random(seed))
-            options |= {f"{slot}Color": [colours[role]] for slot, role in draw_faces.LORELEI_ROLES.items()}
+            options = draw_faces.in_colours(options, draw_faces.draw_palette(random.Random(seed))[0])
         for pictures, percent in ((with_part, 100), (without, 0)):
             picture, _ = draw_faces.render_small("lorelei", options | {f"{part}Probability": percent}, pixels)
             pictures.append(np.asarray(picture, dtype=np.uint8))

@@ -57,8 +57,7 @@ def render_one(seed: str) -> tuple[np.ndarray, list[float]]:
     rng = random.Random(seed)
     options = draw_faces.lorelei_options(seed, EVEN)
     if rng.random() < 1 / 3:
-        colours, _ = draw_faces.draw_palette(rng)
-        options |= {f"{slot}Color": [colours[role]] for slot, role in draw_faces.LORELEI_ROLES.items()}
+        options = draw_faces.in_colours(options, draw_faces.draw_palette(rng)[0])
     picture, parts = draw_faces.render_small("lorelei", options, ATTRIBUTE_PIXELS)
     without = [
         draw_faces.render_small("lorelei", options | {f"{part}Probability": 0}, ATTRIBUTE_PIXELS)[0]
