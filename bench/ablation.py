@@ -210,8 +210,8 @@ ROWS = {
 # One run ---------------------------------------------------------------------------------------------------------
 
 
-def train(row: str, seed: int, epochs: int, rate: float, folder: Path) -> dict:
-    """Train (or go on, or find it done) and return summary.json with the validation losses of all epochs."""
+def train(row: str, seed: int, epochs: int, rate: float, folder: Path, **more) -> dict:
+    """Train, `more` constants included (or go on, or find it done); summary.json with the losses of all epochs."""
     import train_manga_lora
     from training.checkpoint import load_newest_checkpoint
     from training.files import Stop
@@ -230,6 +230,7 @@ def train(row: str, seed: int, epochs: int, rate: float, folder: Path) -> dict:
             "learning_rate": rate * ROWS[row].rate,
         }
         | ROWS[row].constants
+        | more
     )
     with ExitStack() as swapped:
         for module, name, new in ROWS[row].swap():
@@ -487,13 +488,12 @@ def start_worker(threads: int) -> None:
 
 
 def write_results(path: Path, results: list[dict], settings: dict, **more) -> dict:
-    """All runs so far, in the rows' order, and of what they are; returns the file's content."""
+    """All runs so far, and of what they are; returns the file's content."""
     import torch
     from bench_training import describe_machine
 
     from training.files import write_atomic
 
-    results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
     content = {
         "device": describe_machine("cuda" if torch.cuda.is_available() else "cpu")[0].partition(",")[0],
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
@@ -525,6 +525,7 @@ def main(words: list[str]) -> None:
     with multiprocessing.get_context("spawn").Pool(args.processes, start_worker, (threads,)) as pool:
         for number, result in enumerate(pool.imap_unordered(run, jobs), start=1):
             results.append(result)
+            results.sort(key=lambda result: (list(ROWS).index(result["row"]), result["seed"]))
             write_results(args.out, results, settings, summary=summarize(results))
             print(
                 f"{time.strftime('%H:%M:%S')} {number}/{len(jobs)} {result['row']} seed {result['seed']}: "
