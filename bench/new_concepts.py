@@ -1,6 +1,6 @@
 """Why does the demo's LoRA not learn glasses and flowers, which its base has never seen?
 
-    python bench/new_concepts.py            6 rows, 2 seeds: 20 minutes of two cores; goes on where it stopped
+    python bench/new_concepts.py            8 rows, 2 seeds: half an hour of two cores; goes on where it stopped
     python bench/new_concepts.py --table    the committed results as markdown
 
 Rows of bench/ablation.py are trained for as long as the demo. With each LoRA pictures are drawn for the captions of
@@ -24,16 +24,17 @@ import ablation
 from ablation import NEW, RESULT, SAMPLE_STEPS, WORK, settings_of, start_worker, write_results
 
 OUT = RESULT.parent / "new_concepts.json"
-MORE = "more_glasses"
-ROWS = {  # of bench/ablation.py, but for the last, and what they do
+ROWS = {  # of bench/ablation.py, and what they do
     "baseline": "nothing",
     "joined_captions": "joined captions only",
     "glasses_half": "every second face drawn has glasses",
     "joined_glasses_half": "joined captions only, every second face drawn has glasses",
     "flowers_half": "every second face drawn has flowers",
     "joined_flowers_half": "joined captions only, every second face drawn has flowers",
-    MORE: "100 more faces with glasses",
+    "more_glasses": "100 more faces with glasses",
+    "joined_more_glasses": "joined captions only, 100 more faces with glasses",
 }
+MORE = {"more_glasses": "baseline", "joined_more_glasses": "joined_captions"}  # the row that is trained on more faces
 SEEDS = 2
 PICTURES = 24  # of each kind of text
 MORE_FACES, FIRST_MORE = 100, 3000  # with glasses; their numbers, in no other set, begin there
@@ -128,15 +129,12 @@ def run(job: tuple[str, int, dict]) -> dict:
     folder = WORK / "new_concepts" / f"{row}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        faces, is_more = folder / "faces", row == MORE
-        constants = with_more_glasses(faces) if is_more else {}
-        rate = settings["learning_rate"]
-        summary = ablation.train(
-            "baseline" if is_more else row, seed, settings["epochs"], rate, folder / "run", **constants
-        )
+        constants, rate = with_more_glasses(folder / "faces") if row in MORE else {}, settings["learning_rate"]
+        own = MORE.get(row, row)
+        summary = ablation.train(own, seed, settings["epochs"], rate, folder / "run", **constants)
         words = tuple(word for word in NEW if word in row) or NEW
         found = measure(words, Path(summary["lora_safetensors"]))
-    if is_more:  # which holds out other faces
+    if row in MORE:  # which holds out other faces
         found = {name: value for name, value in found.items() if name not in LOSSES}
     shutil.rmtree(folder)
     return {"row": row, "seed": seed, "commit": git_commit(), "settings": settings} | found
