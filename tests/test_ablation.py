@@ -4,6 +4,7 @@ python -m pytest tests/test_ablation.py
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from training.base_model import load_tokenizer
 
 sys.path.insert(0, str(ROOT / "bench"))
 import ablation
+import new_concepts
 
 PROMPTS = set(json.loads((ROOT / "demo" / "attributes" / "prompts.json").read_text(encoding="utf-8")))
 
@@ -228,14 +230,35 @@ def test_bad_arguments_end_with_exit_code_2(words, capsys):
     assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_the_committed_results_are_of_the_demo_s_rate_and_add_up():
-    content = json.loads(ablation.RESULT.read_text(encoding="utf-8"))
-    assert {"baseline"} < {run["row"] for run in content["runs"]} <= ablation.ROWS.keys()
-    settings = ablation.settings_of(10, trainer.DEMO["learning_rate"])
-    of_former_base = "**This table is of the demo's former base**" in (ROOT / "docs" / "results.md").read_text("utf-8")
-    assert (content["settings"] != settings) == of_former_base  # the digest is of base, judge, prompts and faces
-    former = {name: settings[name] for name in ("demo", "guidance_scale")}
-    assert content["settings"] | former == settings
-    begun = json.loads((ablation.RESULT.parent / "present_base.json").read_text(encoding="utf-8"))
-    assert all(run["settings"] == settings for run in begun["runs"])
+def test_what_is_asked_of_new_concepts_has_the_word_or_lacks_it():
+    faces = MangaFaceDataset.from_config(trainer.TrainingConfig(**trainer.DEMO | {"demo": True}))
+    for word in ablation.NEW:
+        texts = new_concepts.texts_of(word, faces)
+        assert {len(some) for some in texts.values()} == {new_concepts.PICTURES}
+        assert all(word in text for kind in ("own", "put in") for text in texts[kind])
+        assert not any(word in text for text in texts["others"]) and len(set(texts["others"])) > 20
+        for without, put_in in zip(texts["others"], texts["put in"], strict=True):
+            (added,) = [part for part in put_in.split(", ") if word in part]
+            assert put_in.replace(f"{added}, ", "") == without
+
+
+def check_committed(file, settings, runs, table) -> dict:
+    """Of this base, judge, prompts and faces, whose digest is in `settings`; every row from every seed; in the docs."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["settings"] == settings
+    assert all(run["settings"] == settings for run in content["runs"])
+    assert [(run["row"], run["seed"]) for run in content["runs"]] == runs
+    assert table(content) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    return content
+
+
+def test_the_committed_results_are_of_this_demo_and_stand_in_the_docs():
+    settings, runs = ablation.settings_of(10, trainer.DEMO["learning_rate"]), itertools.product(ablation.ROWS, range(3))
+    content = check_committed(ablation.RESULT, settings, list(runs), ablation.results_table)
     assert ablation.summarize(content["runs"]) == content["summary"]
+
+
+def test_the_committed_results_on_new_concepts_are_of_this_demo_and_stand_in_the_docs():
+    settings = ablation.settings_of(trainer.DEMO["num_train_epochs"], trainer.DEMO["learning_rate"])
+    runs = itertools.product(new_concepts.ROWS, range(new_concepts.SEEDS))
+    check_committed(new_concepts.OUT, settings | {"prompts": new_concepts.PICTURES}, list(runs), new_concepts.table)
