@@ -61,10 +61,8 @@ def with_more_glasses(folder: Path) -> dict[str, str]:
 
     shutil.copytree(ablation.ROOT / "demo" / "faces", folder, dirs_exist_ok=True)
     file = folder / "modified_face_250.json"
-    entries, drawn = (
-        json.loads(file.read_text(encoding="utf-8")),
-        map(draw_faces.manga_face, itertools.count(FIRST_MORE)),
-    )
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    drawn = map(draw_faces.manga_face, itertools.count(FIRST_MORE))
     with_glasses = ((picture, captions) for picture, captions, _ in drawn if "glasses" in " ".join(captions))
     for number, (picture, captions) in enumerate(itertools.islice(with_glasses, MORE_FACES)):
         picture.save(folder / f"more{number:03d}.png")
@@ -76,11 +74,10 @@ def with_more_glasses(folder: Path) -> dict[str, str]:
 def measure(words: tuple[str, ...], lora: Path) -> dict[str, float]:
     """Of this LoRA the share of pictures that show each word, by kind of text ("glasses: own"); and the LOSSES."""
     import torch
-    from diffusers import DDPMScheduler
 
     import train_manga_lora
     from dataset import MangaFaceDataset
-    from evaluation import measures, pictures
+    from evaluation import pictures
     from training.base_model import load_text_encoder, load_unet, load_vae
     from training.bases import resolution_unit
 
@@ -91,29 +88,46 @@ def measure(words: tuple[str, ...], lora: Path) -> dict[str, float]:
     unet, scheduler = load_unet(base, device, torch.float32)
     pipe = pictures.build_pipeline(load_vae(base, device), unet, scheduler, *load_text_encoder(base, device))
     pipe.load_lora_weights(lora)
-    network, shape = measures.load_attribute_network()[0], (config.resolution, config.resolution)
-    found = {}
-    for word in words:
-        for kind, texts in texts_of(word, dataset).items():
-            drawn = pictures.draw_pictures(pipe, {"prompt": texts}, [*range(PICTURES)], [shape] * PICTURES, config)
-            small = torch.from_numpy(measures.squashed(drawn, measures.ATTRIBUTE_PIXELS)).permute(0, 3, 1, 2)
-            with torch.no_grad():
-                seen = network(small / 127.5 - 1)[:, measures.ATTRIBUTES.index(word)] > 0
-            found[f"{word}: {kind}"] = seen.float().mean().item()
+    found = {f"{word}: {kind}": share for word in words for kind, share in shown(word, dataset, config, pipe).items()}
+    return found | losses(dataset, pipe)
 
-    noising, held_out = DDPMScheduler.from_pretrained(base / "scheduler"), dataset.validation
-    captions = [dataset.faces[face].captions for face in held_out]
+
+def shown(word: str, dataset, config, pipe) -> dict[str, float]:
+    """The share of pictures that show the word, by kind of text."""
+    import torch
+
+    from evaluation import measures, pictures
+
+    network, shape = measures.load_attribute_network()[0], (config.resolution, config.resolution)
+    shares = {}
+    for kind, texts in texts_of(word, dataset).items():
+        drawn = pictures.draw_pictures(pipe, {"prompt": texts}, [*range(PICTURES)], [shape] * PICTURES, config)
+        small = torch.from_numpy(measures.squashed(drawn, measures.ATTRIBUTE_PIXELS)).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            seen = network(small / 127.5 - 1)[:, measures.ATTRIBUTES.index(word)] > 0
+        shares[kind] = seen.float().mean().item()
+    return shares
+
+
+def losses(dataset, pipe) -> dict[str, float]:
+    """Mean squared errors of the predicted noise on held-out faces, at 4 timesteps, the same noises for both LOSSES."""
+    import torch
+    from diffusers import DDPMScheduler
+
+    noising = DDPMScheduler.from_config(pipe.scheduler.config)
+    captions = [dataset.faces[face].captions for face in dataset.validation]
     texts = {"joined": [[", ".join(some)] * len(some) for some in captions], "alone": captions}
+    found = {}
     with torch.no_grad():
-        pixels = torch.stack([dataset.pixels(face) for face in held_out])
+        pixels = torch.stack([dataset.pixels(face) for face in dataset.validation])
         latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
         for kind, of_faces in texts.items():
             errors, generator = [], torch.Generator().manual_seed(0)
-            for turn, timestep in [(turn, t) for turn in range(min(map(len, captions))) for t in (125, 375, 625, 875)]:
+            for turn, timestep in itertools.product(range(min(map(len, captions))), (125, 375, 625, 875)):
                 own = [of_face[turn] for of_face in of_faces]
                 ids = pipe.tokenizer(own, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
                 steps = torch.full((len(own),), timestep)
-                noise = torch.randn(latents.shape, generator=generator)  # the same for both kinds
+                noise = torch.randn(latents.shape, generator=generator)
                 noisy = noising.add_noise(latents, noise, steps)
                 predicted = pipe.unet(noisy, steps, pipe.text_encoder(ids.input_ids)[0]).sample
                 errors.append((predicted - noise).square().mean().item())

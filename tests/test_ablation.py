@@ -242,6 +242,16 @@ def test_what_is_asked_of_new_concepts_has_the_word_or_lacks_it():
             assert put_in.replace(f"{added}, ", "") == without
 
 
+def test_more_faces_with_glasses_are_other_faces_and_all_have_them(tmp_path, monkeypatch):
+    pytest.importorskip("dicebear")
+    monkeypatch.setattr(new_concepts, "MORE_FACES", 2)
+    constants = new_concepts.with_more_glasses(tmp_path / "faces")
+    faces = MangaFaceDataset.from_config(trainer.TrainingConfig(**trainer.DEMO | {"demo": True} | constants)).faces
+    more = [face for face in faces if face.name.startswith("more")]
+    assert len(faces) == 252 and len(more) == 2 and len({face.sha256 for face in faces}) == 252
+    assert all("glasses" in " ".join(face.captions) for face in more)
+
+
 def check_committed(file, settings, runs, table) -> dict:
     """Of this base, judge, prompts and faces, whose digest is in `settings`; every row from every seed; in the docs."""
     content = json.loads(file.read_text(encoding="utf-8"))

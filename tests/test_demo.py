@@ -155,6 +155,15 @@ def test_the_whole_demo_turns_colour_into_manga_ink_within_its_time(environment,
     assert "Score: " in last and "Best epoch: " in last and "Style learnt, faces intact" in last
 
 
+def test_the_committed_base_s_unet_has_learnt_as_far_as_its_page_says():
+    report = json.loads((ROOT / "demo" / "base" / "training.json").read_text(encoding="utf-8"))
+    loss = report["held_out_loss"]["colour_lorelei"]
+    assert loss <= 0.026
+    assert f"to {loss:.3f} ([demo/base/training.json]" in " ".join(
+        (ROOT / "demo" / "README.md").read_text("utf-8").split()
+    )
+
+
 @pytest.fixture
 def train_base(monkeypatch):
     """demo/train_base.py; needs the packages of demo/requirements.txt."""
